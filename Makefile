@@ -1,0 +1,55 @@
+# `make demo` and `make test` set up all that they need in .venv; a second call finds it there.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.lorakit-installed
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-deps
+# The CPU stack needs no network once it is installed, and no test may use one.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
+
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:
+	@echo 'make demo    train, merge, mix and serve tiny adapters on real vLLM, and watch it happen'
+	@echo 'make test    the test suite        make test-all   with the slow ones'
+	@echo 'make lint    ruff and mypy         make format     apply ruff'
+	@echo 'make bench   measure beside the peers'
+	@echo 'make setup   only the .venv        make clean      remove it and all that was built'
+
+setup: $(STAMP)
+
+$(STAMP): requirements/torch-cpu.txt requirements/cpu.txt requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo 'lorakit needs Python 3.11 to 3.13; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+	@echo 'Setting up .venv with the CPU stack (3.4 GB, some minutes) ...'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) -r requirements/torch-cpu.txt
+	@$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
+	@$(PIP) --no-build-isolation --editable .
+	@touch $(STAMP)
+
+demo: setup
+	@$(OFFLINE) $(PY) examples/demo.py
+
+test: setup
+	@$(OFFLINE) $(PY) -m pytest -m 'not slow'
+
+test-all: setup
+	@$(OFFLINE) $(PY) -m pytest
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: setup
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+bench: setup
+	@for program in benchmarks/*.py; do echo "== $$program"; $(OFFLINE) $(PY) $$program || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find lorakit tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

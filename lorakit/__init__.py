@@ -1,0 +1,59 @@
+"""lorakit gets LoRA checkpoints used: merged, mixed, converted and served.
+
+`import lorakit` costs no torch import: each name loads its module on first use.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lorakit.adapters.adapter import Adapter as Adapter
+    from lorakit.adapters.adapter import load_adapter as load_adapter
+    from lorakit.adapters.delta import Delta as Delta
+    from lorakit.errors import LorakitError as LorakitError
+    from lorakit.merge.merge import MergeReport as MergeReport
+    from lorakit.merge.merge import merge as merge
+    from lorakit.mix.mix import MixReport as MixReport
+    from lorakit.mix.mix import mix as mix
+
+_HOME = {
+    "Adapter": "lorakit.adapters.adapter",
+    "load_adapter": "lorakit.adapters.adapter",
+    "Delta": "lorakit.adapters.delta",
+    "LorakitError": "lorakit.errors",
+    "MergeReport": "lorakit.merge.merge",
+    "merge": "lorakit.merge.merge",
+    "MixReport": "lorakit.mix.mix",
+    "mix": "lorakit.mix.mix",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `lorakit.merge` the function: importing the folder of that name would put the folder in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,144 @@
+"""`adapter_config.json`: what of it changes the values of an adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import InvalidFile, UnsupportedAdapter
+from lorakit.files.folders import read_json
+
+# What PEFT itself starts from zero or at random: the base stays as it is. All others change the base at load
+# (peft/tuners/lora/layer.py, `reset_lora_parameters`), so their factors alone don't say what was trained.
+PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The fields that matter, checked; `raw` is the whole file."""
+
+    peft_type: str = "LORA"
+    rank: int = 0
+    alpha: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    base: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+    def scale_of(self, module: str) -> float:
+        """alpha/r, or alpha/√r with rsLoRA (arXiv:2312.03732), by the module's own patterns."""
+        rank = self.rank_of(module)
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read and check `adapter_config.json` of `folder`.
+
+    Raises:
+        InvalidFile: it is missing, can't be parsed, or a field has the wrong type.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise InvalidFile(f"'{folder}' is no adapter: it has no adapter_config.json")
+    return parse_config(read_json(file), file)
+
+
+def parse_config(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
+    def take(name: str, kinds: type | tuple[type, ...], default: Any) -> Any:
+        value = raw.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in _as_tuple(kinds)):
+            raise InvalidFile(f"'{file}': {name} is {value!r}")
+        return value
+
+    peft_type = str(take("peft_type", str, "")).upper()
+    if not peft_type:
+        raise InvalidFile(f"'{file}' is no adapter config: it has no peft_type")
+    rank = take("r", int, 0)
+    if peft_type == "LORA" and rank < 1:
+        raise InvalidFile(f"'{file}': r is {raw.get('r')!r}, and has to be a whole number above 0")
+    rank_pattern = take("rank_pattern", dict, {})
+    alpha_pattern = take("alpha_pattern", dict, {})
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        for key, value in pattern.items():
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+                raise InvalidFile(f"'{file}': {name}[{key!r}] is {value!r}")
+    if any(not isinstance(value, int) or value < 1 for value in rank_pattern.values()):
+        raise InvalidFile(f"'{file}': a rank in rank_pattern is no whole number above 0")
+    alpha = take("lora_alpha", (int, float), 8 if peft_type == "LORA" else 0)
+    if not math.isfinite(alpha):
+        raise InvalidFile(f"'{file}': lora_alpha is {alpha!r}")
+    return AdapterConfig(
+        peft_type=peft_type,
+        rank=rank,
+        alpha=float(alpha),
+        use_rslora=take("use_rslora", bool, False),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        fan_in_fan_out=take("fan_in_fan_out", bool, False),
+        base=take("base_model_name_or_path", str, None) or None,
+        raw=raw,
+    )
+
+
+def _as_tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kinds if isinstance(kinds, tuple) else (kinds,)
+
+
+def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """PEFT's rule (peft/utils/other.py, `get_pattern_key`): the first key that matches the end of the name."""
+    return next((value for key, value in pattern.items() if _matches(key, module)), default)
+
+
+def _matches(key: str, module: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({key})$", module) is not None
+    except re.error:
+        return key == module
+
+
+def beyond_plain_lora(config: AdapterConfig) -> list[str]:
+    """What of this config asks for more than W + scale · B A, in words. Empty for plain LoRA."""
+    raw = config.raw
+    if config.peft_type != "LORA":
+        return [f"peft_type {config.peft_type}"]
+    found = [
+        name
+        for name in (
+            "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices",
+            "target_parameters", "layer_replication", "kasa_config", "arrow_config", "modules_to_save",
+        )
+        if raw.get(name)
+    ]  # fmt: skip
+    if raw.get("bias", "none") != "none":
+        found.append(f"bias '{raw['bias']}'")
+    init = raw.get("init_lora_weights", True)
+    if init is not None and str(init).lower() not in PLAIN_INITS:
+        found.append(f"init_lora_weights '{init}'")
+    return found
+
+
+def require_plain_lora(config: AdapterConfig, name: str, others: Iterable[str], *, work: str) -> None:
+    """Stop before anything is written when there is more in an adapter than low-rank factors.
+
+    Raises:
+        UnsupportedAdapter: names what there is.
+    """
+    found = beyond_plain_lora(config)
+    rest = sorted(others)
+    if rest:
+        shown = ", ".join(rest[:4]) + (f" and {len(rest) - 4} more" if len(rest) > 4 else "")
+        found.append(f"the tensors {shown}")
+    if found:
+        raise UnsupportedAdapter(f"adapter '{name}' can't be {work} exactly: it has {'; '.join(found)}")

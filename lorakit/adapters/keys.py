@@ -1,0 +1,45 @@
+"""The names of tensors in an adapter file, in every spelling that PEFT has written.
+
+`base_model.model.<module>.lora_A.weight` is today's; raw state dicts keep the adapter's name
+(`…lora_A.default.weight`), embeddings have `lora_embedding_A` without `.weight`, some writers leave the prefix out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "other"]
+
+_FACTOR = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
+    r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<leaf>\.weight)?$"
+)
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One tensor's name, taken apart: `module` is the path inside the base model."""
+
+    name: str
+    module: str
+    part: Part
+    adapter: str | None = None
+
+
+def parse_key(name: str) -> Key:
+    """Take a tensor's name apart; what is no low-rank factor has the part `other`."""
+    path = name.removeprefix(_PREFIX)
+    match = _FACTOR.match(path)
+    if match is None or (match["part"] in ("lora_A", "lora_B")) != (match["leaf"] is not None):
+        return Key(name, path, "other")
+    part: Part = match["part"]  # type: ignore[assignment]  # the pattern allows no other text
+    return Key(name, match["module"], part, match["adapter"])
+
+
+def factor_name(module: str, part: Part) -> str:
+    """The name that PEFT and vLLM read."""
+    leaf = "" if part.startswith("lora_embedding") else ".weight"
+    return f"{_PREFIX}{module}.{part}{leaf}"

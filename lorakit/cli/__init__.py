@@ -1,0 +1,5 @@
+"""The command line: one file a verb, loaded when it is used."""
+
+from lorakit.cli.main import main
+
+__all__ = ["main"]

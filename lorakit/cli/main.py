@@ -1,0 +1,106 @@
+"""`lorakit`: finds the verb, turns errors into exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from lorakit import __version__
+from lorakit.errors import LorakitError
+
+# One line each, so that `lorakit --help` imports no verb.
+VERBS = {
+    "merge": "Merge adapters into their base model, streamed and exact.",
+    "mix": "Mix adapters into one, exactly, without the base.",
+    "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
+}
+
+
+class Verbs(click.Group):
+    """Loads `lorakit.cli.<verb>` when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        command: click.Command = import_module(f"lorakit.cli.{name}").command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        from difflib import get_close_matches
+
+        name = args[0]
+        if not name.startswith("-") and name not in VERBS:
+            near = get_close_matches(name, VERBS, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else "; `lorakit --help` lists what there is"
+            ctx.fail(f"no such command '{name}'{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lorakit")
+def cli() -> None:
+    """Get LoRA checkpoints used: merged, mixed and served.
+
+    \b
+    lorakit merge runs/sql/checkpoint-500 --out merged
+    lorakit mix runs/sql/checkpoint-500=0.7 runs/chat=0.3 --out mixed
+    lorakit serve BASE --watch runs
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 usage, 3 not found, 4 refused, 5 conflict, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in (given[: given.index("--")] if "--" in given else given)
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        code = cli.main(args=given, prog_name="lorakit", standalone_mode=False)
+        sys.stdout.flush()
+    except LorakitError as error:
+        code = _report(type(error).__name__, str(error), error.code, as_json)
+    except click.UsageError as error:
+        code = _report_usage(error, as_json)
+    except click.ClickException as error:
+        code = _report(type(error).__name__, error.format_message(), error.exit_code, as_json)
+    except (click.Abort, KeyboardInterrupt):
+        code = _report("Interrupted", "interrupted", 130, as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        code = _report(type(error).__name__, str(error), 1, as_json)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _report(kind: str, message: str, code: int, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": {"type": kind, "message": message, "code": code}}))
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _report_usage(error: click.UsageError, as_json: bool) -> int:
+    message = error.format_message()
+    if error.ctx and not as_json:
+        print(error.ctx.get_usage(), file=sys.stderr)
+        message += f"\n\nTry '{error.ctx.command_path} --help'."
+    return _report("UsageError", message, 2, as_json)

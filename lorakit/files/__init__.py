@@ -1,0 +1,1 @@
+"""Bytes on disk: safetensors headers and ranges, whole-or-nothing folders, copies, digests."""

@@ -1,0 +1,163 @@
+"""Folders and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import Conflict, InvalidFile, disk_errors_named
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write into; synced and renamed to `target` at the end, removed after an error.
+
+    It is locked while its writer lives, so what a killed writer left behind is known, and cleared by the next one.
+
+    Raises:
+        Conflict: `target` exists, before anything is written or when the folder is to take its place.
+    """
+    refuse_existing(target)
+    with disk_errors_named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_abandoned(target.parent, f".{target.name}.tmp-")
+        folder, lock = _locked_folder(target)
+        try:
+            yield folder
+            sync_tree(folder)
+            refuse_existing(target)
+            folder.rename(target)
+            sync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    while True:
+        folder = target.parent / f".{target.name}.tmp-{uuid.uuid4().hex[:12]}"
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return folder, lock
+        os.close(lock)  # another process took it for abandoned before it was locked
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises Conflict when `target` exists, as anything but an empty folder."""
+    try:
+        occupied = not target.is_dir() or any(target.iterdir())
+    except FileNotFoundError:
+        occupied = False
+    if (target.exists() or target.is_symlink()) and occupied:
+        raise Conflict(f"'{target}' exists already: remove it, or name another place")
+
+
+def clear_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the folders that killed writers left behind: those that nobody holds locked."""
+    for folder in parent.glob(f"{_literal(prefix)}*"):
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and itself."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            handle = os.open(os.path.join(path, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_folder(Path(path))
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes, by the kernel where it can (a reflink where the file system has them).
+
+    Never a hard link: a trainer may write into the inode again.
+    """
+    with source.open("rb") as reader, target.open("xb") as writer:
+        copy_range(reader.fileno(), writer.fileno(), 0, 0, os.fstat(reader.fileno()).st_size)
+
+
+def copy_range(reader: int, writer: int, source_offset: int, target_offset: int, count: int) -> None:
+    """Copy `count` bytes between two open files at the given offsets."""
+    done = 0
+    while done < count:
+        wanted = min(count - done, 1 << 27)
+        try:
+            copied = os.copy_file_range(reader, writer, wanted, source_offset + done, target_offset + done)
+        except OSError as error:
+            if error.errno not in _NO_COPY_FILE_RANGE:
+                raise
+            block = os.pread(reader, min(wanted, 1 << 22), source_offset + done)
+            write_all(writer, block, target_offset + done)
+            copied = len(block)
+        if copied == 0:
+            raise InvalidFile(f"a file became shorter while it was copied: {done} of {count} bytes were there")
+        done += copied
+
+
+# EXDEV, EINVAL, ENOSYS, EOPNOTSUPP, EBADF: this pair of file systems has no copy_file_range
+_NO_COPY_FILE_RANGE = {18, 22, 38, 95, 9}
+
+
+def write_all(writer: int, block: bytes | memoryview, offset: int) -> None:
+    """pwrite until every byte is written."""
+    view = memoryview(block)
+    while view:
+        written = os.pwrite(writer, view, offset)
+        view = view[written:]
+        offset += written
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InvalidFile: the file can't be read or parsed, or holds no object.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidFile(f"'{file}' can't be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidFile(f"'{file}' holds no JSON object")
+    return value
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

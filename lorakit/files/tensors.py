@@ -1,0 +1,64 @@
+"""Torch tensors from byte ranges of files, and back."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from lorakit.errors import InvalidFile
+from lorakit.files.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+}  # fmt: skip
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype."""
+    import torch
+
+    name = _TORCH_NAMES.get(dtype)
+    if name is None:
+        raise InvalidFile(f"torch has no dtype for {dtype}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def load_tensor(stored: StoredTensor) -> torch.Tensor:
+    """Read one whole tensor into memory of its own."""
+    import torch
+
+    buffer = bytearray(stored.nbytes)
+    with stored.file.open("rb") as stream:
+        read_into(stream.fileno(), memoryview(buffer), stored.start, stored)
+    if not buffer:
+        return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
+    return torch.frombuffer(buffer, dtype=torch_dtype(stored.dtype)).reshape(stored.shape)
+
+
+def read_into(reader: int, view: memoryview, offset: int, stored: StoredTensor) -> None:
+    """Fill `view` from an open file.
+
+    Raises:
+        InvalidFile: the file became shorter since its header was read.
+    """
+    done = 0
+    while done < len(view):
+        got = os.preadv(reader, [view[done:]], offset + done)
+        if got == 0:
+            raise InvalidFile(f"'{stored.file}' became shorter while '{stored.name}' was read")
+        done += got
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
