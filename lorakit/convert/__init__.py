@@ -1,0 +1,1 @@
+"""Anything into what vLLM loads."""

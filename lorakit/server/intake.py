@@ -1,0 +1,100 @@
+"""The way of a finished checkpoint into the store: copied, checked, repaired where that is exact, kept by content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters.adapter import WEIGHTS, Adapter, load_adapter
+from lorakit.adapters.writing import write_adapter_files
+from lorakit.checkpoints.finished import Look, look_at
+from lorakit.checkpoints.trainer_state import read_facts
+from lorakit.convert.check import Verdict, check_adapter
+from lorakit.errors import Incomplete, InvalidFile, Refused
+from lorakit.files.finite import look_at_numbers
+from lorakit.files.folders import copy_file, read_json, write_json
+from lorakit.files.provenance import write_provenance
+from lorakit.files.safetensors import read_header
+from lorakit.merge.base import BaseModel
+from lorakit.store.catalog import Finish, Label, Revision
+from lorakit.store.store import Source, Store
+
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What went into the store; `finish` is None when the same content was there and only its facts are new."""
+
+    revision: Revision
+    finish: Finish | None
+
+
+def take_in(
+    store: Store, base: BaseModel, look: Look, *, run: str, kind: Label, step: int | None, max_rank: int,
+    finished: bool = True, late: bool = False,
+) -> Taken:  # fmt: skip
+    """Copy a finished adapter into the store, unless it can't be served right.
+
+    Args:
+        finished: it finished now; False when only its metadata was written again.
+        late: it was there before the server looked first, so it begins no new attempt.
+
+    Raises:
+        Incomplete: it was written again while it was copied.
+        Refused: with the reason and the cure.
+    """
+    facts = read_facts(look.folder, step)
+    with store.staging() as staged:
+        try:
+            copy_file(look.folder / WEIGHTS, staged / WEIGHTS)
+            write_json(staged / CONFIG, _canonical(read_json(look.folder / CONFIG)))
+        except (FileNotFoundError, InvalidFile):
+            raise Incomplete(f"'{look.folder}' went away or was written again while it was copied") from None
+        if look_at(look.folder).signature != look.signature:
+            raise Incomplete(f"'{look.folder}' was written again while it was copied")
+        adapter = load_adapter(staged)
+        verdict = check_adapter(adapter, base, max_rank=max_rank)
+        problems = list(verdict.problems) + _bad_numbers(staged, certain=look.state == "finished")
+        if problems:
+            raise Refused("; ".join(problems))
+        rank = adapter.rank
+        if verdict.repairs:
+            _repair(adapter, verdict, staged)
+        write_provenance(staged, "store", parents=[{"path": str(look.folder)}], settings={}, repaired=verdict.repairs)
+        digest, _, size = store.keep(staged)
+    revision, finish = store.add(
+        run, kind, digest, facts, rank=rank, size=size, path=str(look.folder),
+        source=Source(look.signature, look.weights_signature), repaired="; ".join(verdict.repairs) or None,
+        finished=finished, late=late,
+    )  # fmt: skip
+    return Taken(revision, finish)
+
+
+def _canonical(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config in the same bytes: PEFT writes sets of names in an order that changes with each process."""
+    return {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+        for key, value in sorted(config.items())
+    }
+
+
+def _bad_numbers(staged: Path, *, certain: bool) -> list[str]:
+    content = look_at_numbers(read_header(staged / WEIGHTS))
+    if content.not_finite:
+        return [f"'{content.not_finite}' holds NaN or infinity: the training diverged; use an earlier checkpoint"]
+    if content.all_zero and not certain:
+        # some writers make the file in its full size first, and fill it then
+        raise Incomplete(f"all numbers of {WEIGHTS} are zero, so it may be a file that is still being filled")
+    return []
+
+
+def _repair(adapter: Adapter, verdict: Verdict, staged: Path) -> None:
+    """Write the same deltas in the form that every vLLM reads, in place of what was copied."""
+    beside = staged / "repaired"
+    beside.mkdir()
+    write_adapter_files(adapter, beside, rename=verdict.rename)
+    for name in (WEIGHTS, CONFIG):
+        (beside / name).replace(staged / name)
+    beside.rmdir()

