@@ -308,6 +308,7 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._process.wait)
+        await self._rest_gone()
         if self.reading is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2):
@@ -318,6 +319,14 @@ class EngineProcess:
         if self._writer is not None:
             self._writer.close()
         self._control.close()
+
+    async def _rest_gone(self) -> None:
+        """Until nothing of its group is left; what was killed takes a moment to go, and not every init clears up."""
+        with contextlib.suppress(ProcessLookupError, PermissionError, TimeoutError):
+            async with asyncio.timeout(3):
+                while True:
+                    os.killpg(self._process.pid, 0)
+                    await asyncio.sleep(0.02)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

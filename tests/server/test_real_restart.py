@@ -1,0 +1,84 @@
+"""What survives: the engine's death, the supervisor's, and the loss of every source; and starts that fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import World
+from tests.server.real import ENGINE_FLAGS, PROMPTS, QUICK, Server, ask, free_port, is_running, serving, write_checkpoint
+
+pytestmark = pytest.mark.timeout(300)
+FLAGS = ("--max-loras", "2", "--max-lora-rank", "8")
+
+
+def assert_everything_answers(world: World, server: Server) -> None:
+    with server.client() as client:
+        for model, adapter in (("sql", 1), ("sql@best", 0), ("sql@prod", 2), ("chat", 3), ("base", None)):
+            for prompt in PROMPTS:
+                assert ask(client, model, prompt).agrees_with(world.cold_answer(adapter, prompt)), model
+
+
+def test_adapters_survive_the_engine_and_the_supervisor_though_their_sources_are_gone(
+    world: World, tmp_path: Path
+) -> None:
+    watched, home, log = tmp_path / "runs", tmp_path / "home", tmp_path / "serve.log"
+    for step, adapter, loss in ((1, 2, 3.0), (2, 0, 1.0), (3, 1, 2.0)):
+        write_checkpoint(watched / "sql", world.adapters[adapter], step, loss)
+    shutil.copytree(world.adapters[3], watched / "chat")
+    with serving(world.base, home, log, "--watch", str(watched), *FLAGS) as server:
+        with server.client() as client:
+            client.put("/v1/adapters/sql/aliases/prod", json={"revision": "step-1"}).raise_for_status()
+        assert_everything_answers(world, server)
+        shutil.rmtree(watched)
+        watched.mkdir()
+        kill_engine(server)
+        server.wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
+        assert_everything_answers(world, server)
+    with serving(world.base, home, log, "--watch", str(watched), *FLAGS) as server:
+        assert_everything_answers(world, server)
+
+
+def kill_engine(server: Server) -> None:
+    """kill -9 of vLLM's API process; what it started must not outlive it, and the address answers all the while."""
+    engine, *workers = server.processes()
+    os.kill(engine, signal.SIGKILL)
+    refusals = []
+    for _ in range(20):
+        response = httpx.get(f"{server.url}/v1/models", timeout=10)
+        refusals.append((response.status_code, response.headers.get("retry-after"), response.json().keys()))
+        time.sleep(0.05)
+    assert refusals[-1] == (503, "2", {"error"})
+    server.wait_until(lambda: not any(is_running(pid) for pid in workers))
+
+
+def run_serve(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lorakit", "serve", *arguments]
+    environ = {**os.environ, **QUICK, "LORAKIT_HOME": str(home), **variables}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+
+
+def test_a_start_that_vllm_refuses_ends_with_its_own_last_words(materials: Any, tmp_path: Path) -> None:
+    base, _ = materials
+    ended = run_serve(str(base), "--port", str(free_port()), "--", "--max-model-len", "100000", home=tmp_path)
+    assert ended.returncode == 1
+    error = ended.stderr.rpartition("error: ")[2]
+    assert error.startswith("vLLM did not start:")
+    assert "max_model_len (100000) is greater than the derived max_model_len" in error
+
+
+def test_a_port_that_is_taken_is_said_before_vllm_is_started(materials: Any, tmp_path: Path, world: World) -> None:
+    base, _ = materials
+    port = world.server.url.rpartition(":")[2]
+    ended = run_serve(str(base), "--port", port, "--", *ENGINE_FLAGS, home=tmp_path)
+    assert ended.returncode == 5
+    assert f"port {port} on 127.0.0.1 is taken" in ended.stderr
