@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.config import AdapterConfig, read_config, require_plain_lora
 from lorakit.adapters.delta import Delta, Kind, Term
-from lorakit.adapters.keys import Key, parse_key
-from lorakit.errors import Conflict, Incomplete, InvalidFile, LorakitError, NotFound
+from lorakit.adapters.keys import Key, is_base_copy, parse_key
+from lorakit.errors import Conflict, Incomplete, InvalidFile, NotFound, UnsupportedAdapter
+from lorakit.files.folders import FileState, file_state
 from lorakit.files.safetensors import StoredTensor, read_header
+from lorakit.files.tensors import same_bytes
 
 if TYPE_CHECKING:
     from lorakit.mix.mix import MixReport
 
 WEIGHTS = "adapter_model.safetensors"
 UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' sentinel while a checkpoint is written on SIGTERM
-
-FileState = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,11 @@ class Adapter:
         return self.deltas[path]
 
     def require_plain(self, *, work: str) -> None:
-        """Raises UnsupportedAdapter when there is more in it than low-rank factors."""
+        """Raises UnsupportedAdapter when there is more in it than low-rank factors and PEFT's copies of the base."""
         for source in self.sources:
-            others = [stored.name for stored in self.others if stored.file == source.file]
+            others = [
+                stored.name for stored in self.others if stored.file == source.file and not is_base_copy(stored.name)
+            ]
             require_plain_lora(source.config, str(source.folder), others, work=work)
 
     def ensure_unchanged(self) -> None:
@@ -101,7 +103,12 @@ class Adapter:
             source.ensure_unchanged()
 
     def scaled(self, weight: float) -> Adapter:
+        """Raises UnsupportedAdapter when there is more in it than low-rank factors."""
         self.require_plain(work="scaled")
+        return self.weighted(weight)
+
+    def weighted(self, weight: float) -> Adapter:
+        """Its deltas times `weight`; what is no delta stays as it is."""
         return replace(
             self,
             deltas={module: delta.scaled(weight) for module, delta in self.deltas.items()},
@@ -121,7 +128,7 @@ class Adapter:
         deltas = dict(self.deltas)
         for module, delta in other.deltas.items():
             deltas[module] = deltas[module].plus(delta, module=module) if module in deltas else delta
-        return Adapter(deltas, _added_up(self.sources + other.sources))
+        return Adapter(deltas, _added_up(self.sources + other.sources), _agreed(self.others, other.others))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a PEFT folder that PEFT and vLLM load. Whole or not at all.
@@ -166,6 +173,19 @@ def _added_up(sources: tuple[Source, ...]) -> tuple[Source, ...]:
             source if same is None else replace(same, weight=same.weight + source.weight)
         )
     return tuple(together.values())
+
+
+def _agreed(mine: tuple[StoredTensor, ...], others: tuple[StoredTensor, ...]) -> tuple[StoredTensor, ...]:
+    """Copies of the base are kept as they are; where two adapters hold the same one, it has to be equal."""
+    agreed = {stored.name: stored for stored in mine}
+    for stored in others:
+        known = agreed.setdefault(stored.name, stored)
+        if known != stored and not same_bytes(known, stored):
+            raise UnsupportedAdapter(
+                f"'{known.file.parent}' and '{stored.file.parent}' hold different values of '{stored.name}': "
+                f"they were trained on different bases, or resized the vocabulary, and can't be mixed"
+            )
+    return tuple(agreed.values())
 
 
 def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -234,12 +254,3 @@ def _delta(module: str, parts: Mapping[str, StoredTensor], config: AdapterConfig
             f"the scale can't be known"
         )
     return Delta((Term(b, a, config.scale_of(module)),), kind)
-
-
-def file_state(file: Path) -> FileState:
-    """Size, time and inode: what tells that a file was written again."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise LorakitError(f"'{file}' went away while it was read") from error
-    return status.st_size, status.st_mtime_ns, status.st_ino

@@ -72,12 +72,12 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
     alpha_pattern = take("alpha_pattern", dict, {})
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         for key, value in pattern.items():
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+            if not _is_finite_number(value) or value < 0:
                 raise InvalidFile(f"'{file}': {name}[{key!r}] is {value!r}")
     if any(not isinstance(value, int) or value < 1 for value in rank_pattern.values()):
         raise InvalidFile(f"'{file}': a rank in rank_pattern is no whole number above 0")
     alpha = take("lora_alpha", (int, float), 8 if peft_type == "LORA" else 0)
-    if not math.isfinite(alpha):
+    if not _is_finite_number(alpha):
         raise InvalidFile(f"'{file}': lora_alpha is {alpha!r}")
     return AdapterConfig(
         peft_type=peft_type,
@@ -90,6 +90,13 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
         base=take("base_model_name_or_path", str, None) or None,
         raw=raw,
     )
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False
 
 
 def _as_tuple(kinds: type | tuple[type, ...]) -> tuple[type, ...]:

@@ -17,7 +17,7 @@ Kind = Literal["linear", "embedding"]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """weight · scale · B A, with B (out, r) and A (r, in) on disk. Two terms are one when their factors are the same."""
+    """weight · scale · B A, with B (out, r) and A (r, in) on disk."""
 
     B: StoredTensor
     A: StoredTensor
@@ -95,7 +95,7 @@ class Delta:
         """
         import torch
 
-        left, right = self._stacked()
+        left, right = self.stacked()
         q_left, r_left = torch.linalg.qr(left)
         q_right, r_right = torch.linalg.qr(right.T)
         u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
@@ -104,10 +104,11 @@ class Delta:
 
     def norm(self) -> float:
         """The Frobenius norm of the dense delta: ‖B̂ Â‖² = tr((B̂ᵀB̂)(Â Âᵀ))."""
-        left, right = self._stacked()
+        left, right = self.stacked()
         return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
 
-    def _stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B̂ (out, Σr) with each term's scale and weight in it, and Â (Σr, in), in float64."""
         import torch
 
         left = torch.cat([load_tensor(term.B).double() * term.factor for term in self.terms], dim=1)

@@ -43,3 +43,8 @@ def factor_name(module: str, part: Part) -> str:
     """The name that PEFT and vLLM read."""
     leaf = "" if part.startswith("lora_embedding") else ".weight"
     return f"{_PREFIX}{module}.{part}{leaf}"
+
+
+def is_base_copy(name: str) -> bool:
+    """Whether it is a whole embedding, which PEFT saves beside its factors: the base's rows, not a delta."""
+    return name.endswith(".base_layer.weight")

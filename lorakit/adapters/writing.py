@@ -15,7 +15,7 @@ from lorakit.adapters.adapter import WEIGHTS, Adapter
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.keys import Part, factor_name
 from lorakit.files.digests import file_digest
-from lorakit.files.folders import whole_folder, write_all, write_json
+from lorakit.files.folders import copy_range, whole_folder, write_all, write_json
 from lorakit.files.provenance import write_provenance
 from lorakit.files.safetensors import planned_header
 from lorakit.files.tensors import tensor_bytes
@@ -36,7 +36,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, rename: Mapping[str, str] | 
         write_adapter_files(adapter, beside, rename=rename)
         write_provenance(
             beside,
-            "mix" if len(adapter.sources) > 1 else "save",
+            "mix" if adapter.report or len(adapter.sources) > 1 else "save",
             parents=[
                 {"path": str(source.folder), "sha256": file_digest(source.file), "weight": source.weight}
                 for source in adapter.sources
@@ -44,6 +44,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, rename: Mapping[str, str] | 
             settings={"method": "linear", "rank": "exact"},
             rank=adapter.rank,
             truncation_error=0.0,
+            **({"report": adapter.report.as_dict()} if adapter.report else {}),
         )
         adapter.ensure_unchanged()
     return folder
@@ -54,17 +55,22 @@ def write_adapter_files(adapter: Adapter, folder: Path, *, rename: Mapping[str, 
     names = rename or {}
     rank = adapter.rank
     deltas = {names.get(module, module): delta for module, delta in adapter.deltas.items()}
-    plan = [
+    plan: list[tuple[str, str, tuple[int, ...]]] = [
         (factor_name(module, part), "F32", shape)
         for module, delta in deltas.items()
         for part, shape in _shapes(delta, rank)
     ]
+    plan += [(stored.name, stored.dtype, stored.shape) for stored in adapter.others]
     head, header = planned_header(folder / WEIGHTS, plan, {"format": "pt"})
     with (folder / WEIGHTS).open("xb") as stream:
         os.truncate(stream.fileno(), header.size)
         write_all(stream.fileno(), head, 0)
         for name, tensor in _tensors(deltas, rank):
             write_all(stream.fileno(), tensor_bytes(tensor), header.tensors[name].start)
+        for stored in adapter.others:
+            with stored.file.open("rb") as source:
+                place = header.tensors[stored.name].start
+                copy_range(source.fileno(), stream.fileno(), stored.start, place, stored.nbytes)
     write_json(folder / "adapter_config.json", _config(adapter, sorted(deltas), rank))
 
 

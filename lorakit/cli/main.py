@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _report(type(error).__name__, error.format_message(), error.exit_code, as_json)
     except (click.Abort, KeyboardInterrupt):
         code = _report("Interrupted", "interrupted", 130, as_json)
+    except ModuleNotFoundError as error:
+        code = _report("MissingPackage", _missing(error), 1, as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -96,6 +98,13 @@ def _report(kind: str, message: str, code: int, as_json: bool) -> int:
     else:
         print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    package = (error.name or "").partition(".")[0]
+    if package in ("fastapi", "starlette", "uvicorn", "watchfiles", "pydantic"):
+        return f"{package} is not installed, which serving needs: pip install 'lorakit[serve]'"
+    return f"{package} is not installed, which this needs: pip install {package}"
 
 
 def _report_usage(error: click.UsageError, as_json: bool) -> int:

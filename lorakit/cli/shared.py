@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -22,13 +24,13 @@ def dry_run_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def weighted(argument: str) -> tuple[str, float]:
-    """Take `runs/sql=0.7` apart; without a weight it is 1.
+    """Take `runs/sql=0.7` apart; without a weight it is 1. A folder's own name may hold an equals sign.
 
     Raises:
         UsageError: the weight is no finite number.
     """
     path, separator, weight = argument.rpartition("=")
-    if not separator:
+    if not separator or os.path.isdir(argument):
         return argument, 1.0
     try:
         value = float(weight)
@@ -46,3 +48,18 @@ def print_json(value: Any) -> None:
 def note(message: str) -> None:
     """A word to the person, on stderr: stdout is for data."""
     print(message, file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(what: str, *, wanted: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with bytes per second on stderr; None where stderr is no terminal."""
+    if not (wanted and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import Conflict, InvalidFile, disk_errors_named
+from lorakit.errors import Conflict, InvalidFile, LorakitError, disk_errors_named
+
+FileState = tuple[int, int, int]
 
 
 @contextmanager
@@ -26,6 +28,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     refuse_existing(target)
     with disk_errors_named(target):
+        made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_abandoned(target.parent, f".{target.name}.tmp-")
         folder, lock = _locked_folder(target)
@@ -37,9 +40,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
             sync_folder(target.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(made)
             raise
         finally:
             os.close(lock)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # another writer has something in it
+            return
 
 
 def _locked_folder(target: Path) -> tuple[Path, int]:
@@ -161,3 +173,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_state(file: Path) -> FileState:
+    """Size, time and inode: what tells that a file was written again."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise LorakitError(f"'{file}' went away while it was read") from error
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def free_bytes(place: Path) -> int:
+    """How much this user may still write where `place` is, or would be."""
+    there = next(path for path in (place, *place.absolute().parents) if path.is_dir())
+    status = os.statvfs(there)
+    return status.f_bavail * status.f_frsize

@@ -124,7 +124,7 @@ def _entry(file: Path, name: str, value: Any, data_start: int) -> StoredTensor:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise InvalidFile(f"'{file}': the entry of '{name}' lacks dtype, shape or data_offsets") from None
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InvalidFile(f"'{file}': '{name}' has the unknown dtype {dtype!r}")
     if not (isinstance(shape, list) and all(_is_count(n) for n in [*shape, begin, end])):
         raise InvalidFile(f"'{file}': the shape or offsets of '{name}' are no whole numbers")

@@ -1,0 +1,83 @@
+"""`lorakit merge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lorakit.cli.shared import dry_run_option, json_option, note, print_json, progress_bar, weighted
+from lorakit.errors import UsageError
+
+
+@click.command("merge")
+@click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
+@click.option("--base", help="Model folder or hub id. Left out: the one that the adapter's config names.")
+@click.option("--out", type=click.Path(), help="The folder to write; it must not exist.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute.")
+@click.option(
+    "--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
+    help="What float tensors are written as.",
+)  # fmt: skip
+@click.option("--no-strict", is_flag=True, help="Leave out adapter tensors that the base has no place for; list them.")
+@dry_run_option
+@json_option
+def command(
+    adapters: tuple[str, ...],
+    base: str | None,
+    out: str | None,
+    device: str,
+    dtype: str,
+    no_strict: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Merge adapters into their base model: exact, streamed, every tensor accounted for.
+
+    An adapter is a folder, a hub id or hub-id@revision; =0.7 behind it is its weight.
+
+    \b
+    lorakit merge runs/sql/checkpoint-500 --out merged
+    lorakit merge sql=0.7 chat=0.3 --base base --out merged --dtype bf16
+    """
+    if out is None and not dry_run:
+        raise UsageError("name the folder to write with --out, or ask for the plan alone with --dry-run")
+    pairs = [weighted(argument) for argument in adapters]
+    from lorakit.merge.merge import merge
+
+    with progress_bar("merging", wanted=not (dry_run or as_json)) as progress:
+        report = merge(
+            base, pairs, out=out, device=device, dtype=dtype, strict=not no_strict, dry_run=dry_run,
+            progress=progress,
+        )  # fmt: skip
+    result = report.as_dict()
+    if as_json:
+        print_json(result)
+    elif dry_run:
+        _print_plan(result)
+    else:
+        print(result["out"])
+    for line in report.unplaced:
+        note(f"left out: {line}")
+    if not (as_json or dry_run):
+        note(_summary(result))
+
+
+def _summary(result: dict[str, Any]) -> str:
+    rate = result["bytes"] / 1e6 / max(result["seconds"], 1e-9)
+    return (
+        f"merged {len(result['merged'])} of {result['tensors']} tensors, {result['bytes'] / 1e6:.1f} MB "
+        f"in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
+    )
+
+
+def _print_plan(result: dict[str, Any]) -> None:
+    for tensor in result["merged"]:
+        terms = " ".join(f"+ {term['factor']:g}·BA(r={term['rank']})" for term in tensor["terms"])
+        print(f"{tensor['weight']}  {tensor['dtype']} {tensor['shape']}  {terms}")
+    untouched = result["tensors"] - len(result["merged"])
+    print(f"{len(result['merged'])} tensors are merged, {untouched} others are written as they are", end="")
+    print("" if result["dtype"] == "keep" else f" but for their dtype ({result['dtype']})")
+    for name, source in result["companions"].items():
+        print(f"{name}  from {source}")
+    print(f"{result['bytes'] / 1e6:.1f} MB in all; nothing was written")

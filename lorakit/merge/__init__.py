@@ -1,0 +1,1 @@
+"""Base + adapters -> base: resolve names, plan, execute."""

@@ -1,0 +1,57 @@
+"""Adapter tensors that are copies of the base's: nothing is to be done for them when they are equal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from lorakit.errors import InvalidFile, UnsupportedAdapter
+from lorakit.files.safetensors import DTYPE_BITS, StoredTensor
+from lorakit.files.tensors import same_bytes, torch_dtype
+from lorakit.merge.plan import BaseCopy
+
+_BLOCK = 1 << 20  # elements
+
+
+def ensure_equal_copies(copies: Iterable[BaseCopy]) -> None:
+    """Compare what PEFT copied from the base into an adapter with the base.
+
+    Raises:
+        UnsupportedAdapter: the values differ, so they were trained, or the vocabulary was resized.
+    """
+    for copy in copies:
+        if not _equal(copy.stored, copy.base):
+            raise UnsupportedAdapter(
+                f"adapter '{copy.adapter}' holds '{copy.stored.name}' with other values than the base: it was trained "
+                f"or its vocabulary was resized, which can't be merged yet"
+            )
+
+
+def _equal(stored: StoredTensor, base: StoredTensor) -> bool:
+    """Equal bytes; where the dtypes differ, the base's values as the adapter's dtype holds them."""
+    if stored.dtype == base.dtype:
+        return same_bytes(stored, base)
+    width, base_width = (DTYPE_BITS[tensor.dtype] // 8 for tensor in (stored, base))
+    count = stored.nbytes // width
+    with stored.file.open("rb") as mine, base.file.open("rb") as theirs:
+        for first in range(0, count, _BLOCK):
+            many = min(_BLOCK, count - first)
+            ours = _read(mine.fileno(), stored, first * width, many * width)
+            others = _read(theirs.fileno(), base, first * base_width, many * base_width)
+            if ours != _cast(others, base.dtype, stored.dtype):
+                return False
+    return True
+
+
+def _read(file: int, stored: StoredTensor, offset: int, count: int) -> bytes:
+    block = os.pread(file, count, stored.start + offset)
+    if len(block) != count:
+        raise InvalidFile(f"'{stored.file}' became shorter while '{stored.name}' was read")
+    return block
+
+
+def _cast(block: bytes, dtype: str, wanted: str) -> bytes:
+    import torch
+
+    tensor = torch.frombuffer(bytearray(block), dtype=torch_dtype(dtype)).to(torch_dtype(wanted))
+    return tensor.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,1 @@
+"""Adapters -> adapter: on their factors alone, without the base."""

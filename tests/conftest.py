@@ -1,0 +1,10 @@
+"""What every test may use. Imports no torch: most tests need none."""
+
+from __future__ import annotations
+
+import os
+
+# No test may reach the network; set before any library looks.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
