@@ -54,7 +54,9 @@ class Events:
         self._more = asyncio.Event()
 
     async def since(self, number: int) -> AsyncIterator[Event | None]:
-        """Events after `number`, for ever; None every 15 s in which nothing happens."""
+        """Events after `number`, for ever; None every 15 s in which nothing happens. A number that is still to come is
+        of an engine that has ended: then it is all that are kept."""
+        number = 0 if number > self._count else number
         while True:
             waiting = self._more
             for event in [event for event in self._kept if event.number > number]:

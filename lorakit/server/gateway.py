@@ -14,10 +14,10 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.errors import EngineFailed, LorakitError, NotFound
+from lorakit.server.answers import error_response, unavailable
 from lorakit.server.engine import Engine, LoadFailed
 from lorakit.server.events import log_to_stderr
 from lorakit.server.listener import Supervised, supervised
@@ -90,7 +90,7 @@ class Gateway:
         async def ending() -> Message:
             message = await receive()
             if message["type"] == "lifespan.shutdown":
-                await self._stop()
+                await self.stop()
             return message
 
         await self._inner(scope, ending, started)
@@ -121,16 +121,20 @@ class Gateway:
             raise EngineFailed(f"the base does not answer: {wrong}")
         base = await asyncio.to_thread(read_base, engine.limits.base_path)
         store = await asyncio.to_thread(Store, settings.store_home, str(base.folder.resolve()))
-        self._reconciler = Reconciler(settings, engine, store, base)
-        self._routes = routes_for(self._reconciler)
+        reconciler = Reconciler(settings, engine, store, base)
+        await reconciler.recall()
+        self._reconciler, self._routes = reconciler, routes_for(reconciler)
         self._tasks.append(asyncio.create_task(self._reconciler.run()))
         if settings.watch or settings.adapters:
             self._tasks.append(asyncio.create_task(self._reconciler.wake_on_events()))
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
+        """End what `begin` started; the engine is someone else's."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._reconciler is not None:
+            await self._reconciler.close()
 
     # requests
 
@@ -167,6 +171,7 @@ class Gateway:
             return
         try:
             request = json.loads(body)
+            json.dumps(request)  # what nests deeply may be read, but not written
         except (ValueError, RecursionError):
             await error_response(400, "BadRequestError", "the body is no JSON", None)(scope, receive, send)
             return
@@ -190,7 +195,7 @@ class Gateway:
             await self._hand_on(scope, receive, send, request, revision, resident)
         finally:
             if resident is not None:
-                await self.reconciler.residency.done(resident)
+                self.reconciler.residency.done(resident)
 
     async def _acquire(self, model: str) -> tuple[Revision | None, Resident | None]:
         """The revision that a model means now, counted in: between the two nothing else runs.
@@ -291,17 +296,3 @@ def named_answer(send: Send, name: str, engine_name: str) -> Callable[[Message],
         await send({**message, "body": body})
 
     return renamed
-
-
-def error_response(status: int, kind: str, message: str, param: str | None) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": param, "code": status}}, status_code=status
-    )
-
-
-def unavailable(reason: str) -> JSONResponse:
-    """503 with `Retry-After`."""
-    response = error_response(503, "ServiceUnavailableError", f"not served at the moment: {reason}", None)
-    response.headers["Retry-After"] = "2"
-    return response

@@ -21,7 +21,7 @@ from lorakit.server.events import Events
 from lorakit.server.intake import take_in
 from lorakit.server.residency import NoSlot, Residency
 from lorakit.server.settings import Settings
-from lorakit.server.watcher import Sight, Watcher
+from lorakit.server.watcher import Place, Sight, Watcher
 from lorakit.store.catalog import Revision, Run, best, latest
 from lorakit.store.names import check_alias, check_name, parse_selector, split_model
 from lorakit.store.store import Store
@@ -47,7 +47,7 @@ class Reconciler:
         self.events = Events()
         self.residency = Residency(engine)
         self.runs: dict[str, Run] = {}
-        self.waiting: dict[Path, Waiting] = {}
+        self.waiting: dict[Place, Waiting] = {}
         self.requests: dict[int, int] = {}
         self.converged = False
         self._unproven: set[int] = set()
@@ -56,15 +56,29 @@ class Reconciler:
         self._watcher = Watcher(
             [Path(folder) for folder in settings.watch],
             {name: Path(folder) for name, folder in settings.adapters.items()},
+            quiet=settings.quiet,
         )
+        self._absent: set[Place] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()  # intake, convergence and administration, one at a time
         self._wake = asyncio.Event()
 
     # the loop
 
-    async def run(self) -> None:
-        """Load what was served before, then look and converge for ever."""
+    async def recall(self) -> None:
+        """Know again what was served before: requests for it are answered from now on, loaded as they ask."""
+        await asyncio.to_thread(self.store.remove_unknown)
         self.runs = await asyncio.to_thread(self.store.runs)
+
+    async def close(self) -> None:
+        """Let go of the store, when `run` has ended."""
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        await asyncio.to_thread(self.store.close)
+
+    async def run(self) -> None:
+        """Look and converge for ever."""
         trouble = None
         while True:
             try:
@@ -108,10 +122,10 @@ class Reconciler:
 
     def _nothing_pending(self, sights: list[Sight]) -> bool:
         """Whether every adapter named at start is settled: a watched folder may hold unfinished ones for ever."""
-        named = set(self.settings.adapters)
-        waiting = {sight.candidate.run for sight in sights if not sight.ready and sight.look.state != "refused"}
+        settled = {run for run, known in self.runs.items() if self.usable(known)}
+        settled |= {run for (run, _), waiting in self.waiting.items() if waiting.state == "refused"}
         settling = any(sight.look.state == "whole" and not sight.ready for sight in sights)
-        return not (named & waiting) and not settling
+        return self.settings.adapters.keys() <= settled and not settling
 
     async def _bring_back(self) -> None:
         """Load what aliases point at, as far as there are slots: the rest comes when it is asked for."""
@@ -121,11 +135,19 @@ class Reconciler:
                 await self.bring_in(revision)
 
     def _drop_vanished(self) -> None:
+        """Forget what was said of folders that are gone; a named one that is not there has to be said."""
+        missing = self._watcher.missing
+        for name, folder in self._absent - missing.items():
+            self.waiting.pop((name, folder), None)
+        self._absent = set(missing.items())
         self.waiting = {
-            folder: waiting
-            for folder, waiting in self.waiting.items()
-            if folder.exists() or waiting.candidate.run in self.settings.adapters
+            (run, folder): waiting
+            for (run, folder), waiting in self.waiting.items()
+            if (run, folder) in self._absent or folder.exists()
         }
+        for name, folder in missing.items():
+            if name not in self.runs:
+                self._note(Candidate(folder, name, "plain"), "refused", f"there is no folder '{folder}'")
 
     # intake
 
@@ -146,14 +168,17 @@ class Reconciler:
         except Refused as error:
             self._note(candidate, "refused", str(error))
             self._watcher.settle(sight)
+        except Exception as error:  # a full disk, a file nobody thought of: the others are served meanwhile
+            named = str(error) if isinstance(error, LorakitError | OSError) else f"{type(error).__name__}: {error}"
+            self._note(candidate, "incomplete", f"it could not be taken in, and will be tried again: {named}")
 
     async def _take(self, sight: Sight) -> None:
         candidate, look = sight.candidate, sight.look
-        known = await asyncio.to_thread(self.store.source, str(candidate.folder))
+        known = await asyncio.to_thread(self.store.source, candidate.run, str(candidate.folder))
         served = candidate.run in self.runs or candidate.run not in self.settings.adapters
         if known and known.signature == look.signature and served:
             self._watcher.settle(sight)
-            self.waiting.pop(candidate.folder, None)
+            self.waiting.pop(candidate.place, None)
             return
         rewritten = known is None or known.weights_signature != look.weights_signature
         await self._take_in(candidate, sight, finished=rewritten, late=sight.early and known is None)
@@ -173,13 +198,13 @@ class Reconciler:
         run.revisions[revision.id] = revision
         if taken.finish:
             run.finishes.append(taken.finish)
-        self.waiting.pop(candidate.folder, None)
+        self.waiting.pop(candidate.place, None)
         return revision
 
     def _note(self, candidate: Candidate, state: str, reason: str) -> None:
-        before = self.waiting.get(candidate.folder)
+        before = self.waiting.get(candidate.place)
         if before is None or (before.state, before.reason) != (state, reason):
-            self.waiting[candidate.folder] = Waiting(candidate, state, reason)
+            self.waiting[candidate.place] = Waiting(candidate, state, reason)
             if state == "refused":
                 name = candidate.run if candidate.step is None else f"{candidate.run}@step-{candidate.step}"
                 self.events.tell("refused", f"{name} is refused: {reason}", adapter=candidate.run, reason=reason)
@@ -238,7 +263,7 @@ class Reconciler:
         self._loading.add(revision.id)
         try:
             await self.residency.ensure(
-                revision.name, revision.digest, revision.folder,
+                revision.name, revision.folder,
                 keep=self._kept(), wait=self.settings.load_wait, prove=True,
             )  # fmt: skip
         except LoadFailed as error:
@@ -249,8 +274,9 @@ class Reconciler:
             raise
         finally:
             self._loading.discard(revision.id)
-        if revision.id in self._unproven:
+        if revision.id in self._unproven or revision.id in self._failed:
             self._unproven.discard(revision.id)
+            self._failed.pop(revision.id, None)
             self.events.tell("loaded", f"{revision.name} is in the engine", **_of(revision))
 
     def _kept(self) -> Collection[str]:
@@ -276,11 +302,14 @@ class Reconciler:
         run = self.runs.get(name)
         revision = None
         if run is not None:
-            usable = [id for id in run.revisions if id not in self._unproven and id not in self._failed]
-            revision = run.select(selector, usable)
+            revision = run.select(selector, self.usable(run))
         if revision is None:
             raise NotFound(f"The model `{model}` does not exist{self._why_not(name, run)}")
         return revision
+
+    def usable(self, run: Run) -> list[int]:
+        """The revisions that a request may name: in the engine, or brought in when it asks."""
+        return [id for id in run.revisions if id not in self._unproven and id not in self._failed]
 
     def _why_not(self, name: str, run: Run | None) -> str:
         if run is not None and run.revisions:
@@ -296,10 +325,10 @@ class Reconciler:
         if revision.id in self._failed:
             return "refused", self._failed[revision.id]
         resident = self.residency.find(revision.name)
+        if revision.id in self._unproven or (revision.id in self._loading and (resident is None or resident.entering)):
+            return "loading", None
         if resident is not None and resident.draining:
             return "draining", None
-        if revision.id in self._unproven or (revision.id in self._loading and resident is None):
-            return "loading", None
         return "ready", None
 
     # administration
@@ -347,23 +376,20 @@ class Reconciler:
             NotFound: there is no such name.
         """
         async with self._turn:
-            run = self.runs.pop(name, None)
-            if run is None:
-                raise NotFound(f"there is no adapter '{name}'")
+            run = self._run(name)
             folders = await asyncio.to_thread(self.store.forget, name)
+            del self.runs[name]
             self.events.tell("gone", f"{name} is no longer served", adapter=name)
             for revision in run.revisions.values():
                 self._unproven.discard(revision.id)
                 self._failed.pop(revision.id, None)
         task = asyncio.create_task(self._leave([revision.name for revision in run.revisions.values()], folders))
-        _background.add(task)
-        task.add_done_callback(_background.discard)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def _leave(self, names: list[str], folders: list[Path]) -> None:
         for name in names:
-            while self.residency.find(name) is not None:
-                with contextlib.suppress(NoSlot):
-                    await self.residency.drain(name, self.settings.load_wait)
+            await self.residency.leave(name)
         for folder in folders:
             await asyncio.to_thread(self.store.remove_folder, folder)
 
@@ -382,7 +408,8 @@ class Reconciler:
             check_alias(alias)
         async with self._turn:
             run = self._run(name)
-            revision = run.select(self._bare(name, selector), self._possible(run))
+            selector = selector.removeprefix(f"{name}@")  # to `sql`, `sql@step-500` and `step-500` are the same
+            revision = run.select(selector, self._possible(run))
             if revision is None:
                 raise NotFound(f"'{name}' has no revision '{selector}'")
             await self.bring_in(revision)
@@ -417,14 +444,6 @@ class Reconciler:
         if run is None:
             raise NotFound(f"there is no adapter '{name}'")
         return run
-
-    def _bare(self, name: str, selector: str) -> str:
-        """`sql@step-500` and `step-500` are the same to `sql`."""
-        return selector.removeprefix(f"{name}@")
-
-
-_background: set[asyncio.Task[Any]] = set()
-
 
 def _of(revision: Revision) -> dict[str, Any]:
     return {"adapter": revision.run, "revision": revision.name, "step": revision.facts.step}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from lorakit import __version__
 from lorakit.errors import Conflict, LorakitError, NotFound, Refused
+from lorakit.server.answers import PlainJSON, error_response
 from lorakit.server.engine import LoadFailed
 from lorakit.server.reconciler import Reconciler
 from lorakit.server.residency import NoSlot
@@ -62,7 +64,10 @@ class UnloadRequest(BaseModel):
 
 def routes_for(reconciler: Reconciler) -> FastAPI:
     """The app that answers lorakit's routes."""
-    app = FastAPI(title="lorakit", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="lorakit", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
+        default_response_class=PlainJSON,
+    )  # fmt: skip
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(LorakitError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -103,9 +108,9 @@ def _router() -> Any:
 async def ready(known: Known) -> JSONResponse:
     """200 when every adapter named at start is loaded or refused, and every alias of before a restart answers."""
     if not known.converged:
-        return JSONResponse({"status": "starting", "reason": "adapters are being loaded"}, 503, {"Retry-After": "1"})
+        return PlainJSON({"status": "starting", "reason": "adapters are being loaded"}, 503, {"Retry-After": "1"})
     refused = sorted({waiting.candidate.run for waiting in known.waiting.values() if waiting.state == "refused"})
-    return JSONResponse({"status": "ready", "adapters": sorted(known.runs), "refused": refused})
+    return PlainJSON({"status": "ready", "adapters": sorted(known.runs), "refused": refused})
 
 
 async def models(known: Known) -> dict[str, Any]:
@@ -162,7 +167,7 @@ async def rollback(known: Known, name: str) -> dict[str, Any]:
 
 async def events(known: Known, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
     """What happens, as server-sent events; `Last-Event-ID` takes up where a connection broke."""
-    number = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
+    number = int(last_event_id) if last_event_id and re.fullmatch("[0-9]{1,15}", last_event_id) else 0
 
     async def stream() -> AsyncIterator[str]:
         async for event in known.events.since(number):
@@ -175,10 +180,10 @@ async def load_lora_adapter(known: Known, request: LoadRequest) -> Response:
     """As vLLM's, but a name that exists gets a new revision, and no answer is ever half of each."""
     name, path = request.lora_name, request.lora_path
     if not name or not path:
-        return _error(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
+        return error_response(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
     folder = _permitted(known, path)
     if not folder.is_dir():
-        return _error(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for {path}")
+        return error_response(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for {path}")
     await known.load(name, folder)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -187,9 +192,9 @@ async def unload_lora_adapter(known: Known, request: UnloadRequest) -> Response:
     """As vLLM's, but it frees the engine."""
     name = request.lora_name
     if not name:
-        return _error(400, "InvalidUserInput", "'lora_name' needs to be provided to unload a LoRA adapter.")
+        return error_response(400, "InvalidUserInput", "'lora_name' needs to be provided to unload a LoRA adapter.")
     if name not in known.runs:
-        return _error(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")
+        return error_response(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")
     await known.unload(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
@@ -235,23 +240,17 @@ def _permitted(known: Known, source: str) -> Path:
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:
     status, kind = next((status, kind) for type_, status, kind in STATUS if isinstance(error, type_))
-    return _error(status, kind, str(error))
+    return error_response(status, kind, str(error))
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return _error(400, "BadRequestError", f"{place}: {first['msg']}", place)
+    return error_response(400, "BadRequestError", f"{place}: {first['msg']}", place)
 
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, "NotFoundError" if error.status_code == 404 else "BadRequestError", error.detail)
-
-
-def _error(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": "2"} if status == 503 else None
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": param, "code": status}}, status, headers=headers
-    )
+    kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
+    return error_response(error.status_code, kind, error.detail)

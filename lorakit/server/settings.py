@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from lorakit.checkpoints.finished import QUIET
 from lorakit.errors import UsageError
 from lorakit.store.store import default_home
 
@@ -38,6 +39,7 @@ class Settings:
     follow: Follow = "latest"
     max_loras: int = 0
     poll: float = 0.5  # seconds between two looks at the watched folders
+    quiet: float = QUIET  # seconds that a folder without its writer's last file has to stay as it is
     load_wait: float = 60.0  # seconds that a request waits for a slot in the engine
     drain: float = 10.0  # seconds that requests in flight have when the server ends
 

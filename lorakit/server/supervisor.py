@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from lorakit.errors import Conflict, EngineFailed, UsageError
 from lorakit.files.folders import clear_abandoned
-from lorakit.server.gateway import unavailable
+from lorakit.server.answers import unavailable
 from lorakit.server.listener import CONTROL_FD, LISTEN_FD, QuietServer, public_server, say, words
 
 SILENT = 15.0  # seconds without a sign of life, after which requests are answered here
@@ -48,13 +48,15 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise UsageError(f"--host {host}: {error.strerror}") from None
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         bound.listen(2048)
-    except socket.gaierror as error:
-        raise UsageError(f"--host {host}: {error.strerror}") from None
     except (OSError, OverflowError) as error:
+        bound.close()
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise Conflict(f"port {port} on {host} is taken: name another with --port") from None
         raise UsageError(f"can't listen on {host} port {port}: {error}") from None
@@ -88,7 +90,7 @@ class Supervisor:
         self._phase_of = phase_of
         self._reason = "the engine is starting"
         self._stopping = asyncio.Event()
-        self._stops = 0
+        self._at_once = asyncio.Event()
         self.exit_code = 0
         self._answering: asyncio.Task[None] | None = None
         self._server: QuietServer | None = None
@@ -115,7 +117,7 @@ class Supervisor:
                     try:
                         up = await self._watch(engine)
                     finally:
-                        await engine.end(self._drain if self._stops < 2 else 0)
+                        await engine.end(self._drain, self._at_once)
                     if self._stopping.is_set():
                         break
                     if not (was_up or up):
@@ -138,9 +140,12 @@ class Supervisor:
 
     def _stop(self, number: int) -> None:
         self.exit_code = 130 if number == signal.SIGINT else 0
-        self._stops += 1
-        self._say("stopping" if self._stops == 1 else "stopping at once")
-        self._stopping.set()
+        if self._stopping.is_set():
+            self._say("stopping at once")
+            self._at_once.set()
+        else:
+            self._say("stopping")
+            self._stopping.set()
 
     async def _watch(self, engine: EngineProcess) -> bool:
         """Until the engine ends, hangs, or this process is told to stop: whether it ever answered."""
@@ -152,15 +157,20 @@ class Supervisor:
             while not engine.ended:
                 if self._stopping.is_set():
                     await engine.ask_to_stop()
+                    self._reason = "the server is stopping"
+                    await self._answer_here()
                     break
                 if engine.up and not up:
                     up = True
                     await self._leave_to_engine()
                     await engine.let_listen()
+                if self._reason != engine.phase and not up:
+                    self._say(engine.phase)
                 self._reason = engine.phase
                 silent = time.monotonic() - engine.heard if up else 0.0
                 if silent > HUNG:
                     self._say(f"the engine has not answered for {silent:.0f} s and is ended")
+                    engine.kill()
                     break
                 if silent > SILENT:
                     self._reason = "the engine does not answer"
@@ -299,11 +309,16 @@ class EngineProcess:
             else:
                 self._process.send_signal(signal.SIGTERM)
 
-    async def end(self, patience: float) -> None:
+    def kill(self) -> None:
+        """For one that hears nothing any more."""
+        self._process.kill()
+
+    async def end(self, patience: float, at_once: asyncio.Event) -> None:
         """Have it and all that it started gone: by itself within `patience` and some seconds, else by force."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience + 10 if patience else 0.1):
-                await self._gone.wait()
+        waits = [asyncio.create_task(event.wait()) for event in (self._gone, at_once)]
+        await asyncio.wait(waits, timeout=patience + 10, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         # Its leader is not reaped yet, so the group's number is still its own, and what vLLM orphaned is in it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -18,8 +18,8 @@ def model_cards(known: Reconciler) -> list[dict[str, Any]]:
         run = known.runs[name]
         names += [(name if not alias else f"{name}@{alias}", target) for alias, target in _aliases(known, run).items()]
     for name in sorted(known.runs):
-        ready = [r for r in known.runs[name].revisions.values() if known.state_of(r)[0] in ("ready", "draining")]
-        names += [(revision.name, revision) for revision in ready]
+        run = known.runs[name]
+        names += [(run.revisions[id].name, run.revisions[id]) for id in known.usable(run)]
     for id, revision in dict(names).items():
         cards.append(
             {
@@ -61,9 +61,7 @@ def adapter_view(known: Reconciler, name: str) -> dict[str, Any]:
 
 def _aliases(known: Reconciler, run: Run) -> dict[str, Revision]:
     """What each alias means now, the default one under the empty name; those that mean nothing are left out."""
-    usable = [
-        revision.id for revision in run.revisions.values() if known.state_of(revision)[0] in ("ready", "draining")
-    ]
+    usable = known.usable(run)
     named = ["", "latest", "best", "final", *sorted(alias for alias in run.aliases if alias)]
     found = {alias: run.select(alias or None, usable) for alias in named}
     return {alias: revision for alias, revision in found.items() if revision is not None}
@@ -92,7 +90,7 @@ def _revision_view(known: Reconciler, revision: Revision, aliases: dict[str, Rev
         "state": state,
         "reason": reason,
         "step": facts.step,
-        "epoch": facts.epoch,
+        "epoch": _number(facts.epoch),
         "train_loss": _number(facts.train_loss),
         "eval_loss": _number(facts.eval_loss),
         "eval_step": facts.eval_step,

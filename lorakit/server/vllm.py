@@ -204,6 +204,7 @@ class InsideEngine:
         return self._limits
 
     async def load(self, name: str, folder: Path) -> None:
+        await self._clear_leaked()
         status, body = await self.call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         if status != 200:
             await self._clear_leaked()
@@ -217,7 +218,8 @@ class InsideEngine:
         await self._client.remove_lora(request.lora_int_id)
 
     async def _clear_leaked(self) -> None:
-        """A failed load leaves its id in the engine, where it takes a place."""
+        """Take out what nobody knows of, as it takes a place: a failed load leaves its id behind, and a request whose
+        client went away may, in its last step, have brought back an adapter that was just removed."""
         known = {request.lora_int_id for request in self._models.lora_requests.values()}
         for leaked in set(await self._client.list_loras()) - known:
             await self._client.remove_lora(leaked)

@@ -16,6 +16,7 @@ from lorakit.checkpoints.finished import MARKERS, QUIET, Look, look_at
 from lorakit.checkpoints.runs import Candidate, candidates_of, find_candidates
 
 Stamp = tuple[tuple[int, int, int], ...]
+Place = tuple[str, Path]  # a run and a folder: the same folder may have been given two names
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class _Seen:
 class Watcher:
     """Remembers what it saw of each folder; `scan` blocks on the file system, so call it off the event loop.
 
-    `roots` are watched folders; `named` are folders that were given a name: an adapter, or a run.
+    `roots` are watched folders; `named` are folders that were given a name: an adapter, or a run. Those that are not
+    there are in `missing` after a scan.
     """
 
     def __init__(
@@ -55,16 +57,16 @@ class Watcher:
         self._named = dict(named or {})
         self._quiet = quiet
         self._clock = clock
-        self._seen: dict[Path, _Seen] = {}
+        self._seen: dict[Place, _Seen] = {}
         self._first = True
-        self.missing: set[Path] = set()
+        self.missing: dict[str, Path] = {}
 
     def scan(self) -> list[Sight]:
         """Every candidate that changed since it was settled, each run's in the order of its steps."""
         sights: list[Sight] = []
-        there: set[Path] = set()
+        there: set[Place] = set()
         for candidate in self._candidates():
-            there.add(candidate.folder)
+            there.add(candidate.place)
             sight = self._look(candidate)
             if sight is not None:
                 sights.append(sight)
@@ -75,28 +77,28 @@ class Watcher:
 
     def _candidates(self) -> list[Candidate]:
         found: list[Candidate] = []
-        self.missing = set()
+        self.missing = {}
         for name, folder in self._named.items():
             try:
                 found += candidates_of(folder, name)
             except OSError:
-                self.missing.add(folder)
+                self.missing[name] = folder
         for root in self._roots:
             try:
                 found += find_candidates(root)
             except OSError:  # unmounted or removed: what was served of it stays served
-                self.missing.add(root)
+                continue
         return found
 
     def settle(self, sight: Sight) -> None:
         """Look no further at a candidate until one of its files is written again."""
-        seen = self._seen.get(sight.candidate.folder)
+        seen = self._seen.get(sight.candidate.place)
         if seen is not None and seen.look.signature == sight.look.signature:
             seen.settled = True
 
     def _look(self, candidate: Candidate) -> Sight | None:
         stamp = _stamp(candidate.folder)
-        seen = self._seen.get(candidate.folder)
+        seen = self._seen.get(candidate.place)
         if seen is not None and seen.settled and seen.stamp == stamp:
             return None
         look = look_at(candidate.folder)
@@ -104,7 +106,7 @@ class Watcher:
         unchanged = seen is not None and seen.look.signature == look.signature
         since = seen.since if seen is not None and unchanged else now
         early = self._first or (seen is not None and seen.early and unchanged)
-        self._seen[candidate.folder] = _Seen(stamp, look, since, early)
+        self._seen[candidate.place] = _Seen(stamp, look, since, early)
         ready = look.state == "finished" or (look.state == "whole" and unchanged and now - since >= self._quiet)
         return Sight(candidate, look, ready, early)
 

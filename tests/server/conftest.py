@@ -42,9 +42,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path
 
 
 @pytest.fixture(scope="session")
-def world(
-    materials: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[World]:
+def world(materials: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     from tests.server.real import cold_answers, serving
 
     base, adapters = materials
@@ -57,3 +55,16 @@ def world(
         flags = ("--watch", str(watched), "--max-loras", str(SLOTS), "--max-lora-rank", "8")
         with serving(base, folder / "home", folder / "serve.log", *flags) as server:
             yield World(server, base, watched, adapters, cold.result())
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base made of numbers alone, for the tests on a fake engine."""
+    from tests.folders import write_base
+
+    return write_base(tmp_path_factory.mktemp("bases") / "numbers")

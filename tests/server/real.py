@@ -96,8 +96,7 @@ class Answer:
 
     def agrees_with(self, other: Answer) -> bool:
         return self.tokens == other.tokens and all(
-            math.isclose(mine, theirs, abs_tol=2e-3)
-            for mine, theirs in zip(self.logprobs, other.logprobs, strict=True)
+            math.isclose(mine, theirs, abs_tol=2e-3) for mine, theirs in zip(self.logprobs, other.logprobs, strict=True)
         )
 
 

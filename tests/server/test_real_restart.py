@@ -15,7 +15,17 @@ import httpx
 import pytest
 
 from tests.server.conftest import World
-from tests.server.real import ENGINE_FLAGS, PROMPTS, QUICK, Server, ask, free_port, is_running, serving, write_checkpoint
+from tests.server.real import (
+    ENGINE_FLAGS,
+    PROMPTS,
+    QUICK,
+    Server,
+    ask,
+    free_port,
+    is_running,
+    serving,
+    write_checkpoint,
+)
 
 pytestmark = pytest.mark.timeout(300)
 FLAGS = ("--max-loras", "2", "--max-lora-rank", "8")
