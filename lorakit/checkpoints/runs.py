@@ -19,6 +19,11 @@ class Candidate:
     kind: Label
     step: int | None = None
 
+    @property
+    def place(self) -> tuple[str, Path]:
+        """What tells it from all others: one folder may be in two runs."""
+        return self.run, self.folder
+
 
 def find_candidates(root: Path) -> list[Candidate]:
     """Every candidate under a watched folder, each run's in the order of steps, its root last.
@@ -64,5 +69,7 @@ def _of_run(folder: Path, name: str) -> list[Candidate]:
 def _folders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         return sorted(
-            Path(entry.path) for entry in entries if not entry.name.startswith((".", "tmp-")) and entry.is_dir()
+            Path(entry.path)
+            for entry in entries
+            if not entry.name.startswith((".", "tmp-checkpoint-")) and entry.is_dir()
         )

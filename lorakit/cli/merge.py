@@ -34,7 +34,7 @@ def command(
 ) -> None:
     """Merge adapters into their base model: exact, streamed, every tensor accounted for.
 
-    An adapter is a folder, a hub id or hub-id@revision; =0.7 behind it is its weight.
+    An adapter is a folder, a hub id, hub-id@revision or a name in the store; =0.7 behind it is its weight.
 
     \b
     lorakit merge runs/sql/checkpoint-500 --out merged

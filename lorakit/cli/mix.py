@@ -32,7 +32,7 @@ def command(
 ) -> None:
     """Mix adapters into one, exactly and without their base: any ranks, any modules.
 
-    An adapter is a folder, a hub id or hub-id@revision; the same one twice adds up its weights.
+    An adapter is a folder, a hub id, hub-id@revision or a name in the store; the same one twice adds up its weights.
 
     \b
     lorakit mix runs/sql/checkpoint-500=0.7 runs/chat=0.3 --out mixed

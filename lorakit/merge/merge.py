@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.adapters.locate import open_adapter
+from lorakit.store.locate import open_adapter
 from lorakit.errors import InvalidFile, OutOfSpace, UsageError
 from lorakit.files.digests import file_digest
 from lorakit.files.finite import look_at_numbers

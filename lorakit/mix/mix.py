@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.locate import open_adapter
+from lorakit.store.locate import open_adapter
 from lorakit.errors import UsageError
 
 METHODS = ("linear",)

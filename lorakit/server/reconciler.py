@@ -445,5 +445,6 @@ class Reconciler:
             raise NotFound(f"there is no adapter '{name}'")
         return run
 
+
 def _of(revision: Revision) -> dict[str, Any]:
     return {"adapter": revision.run, "revision": revision.name, "step": revision.facts.step}

@@ -98,9 +98,7 @@ class Residency:
         finally:
             self._turn.release()
 
-    async def _settle(
-        self, name: str, folder: Path, keep: Collection[str], wait: float, prove: bool
-    ) -> None:
+    async def _settle(self, name: str, folder: Path, keep: Collection[str], wait: float, prove: bool) -> None:
         resident = self._residents.get(name)
         if resident is not None and not (resident.entering or resident.removing):
             resident.leaving = False  # it is wanted again before it left

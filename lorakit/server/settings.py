@@ -65,10 +65,13 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     """
     if text := environ.get(VARIABLE):
         try:
-            return from_mapping(json.loads(text))
+            given = json.loads(text)
         except ValueError as error:
             raise UsageError(f"{VARIABLE} can't be read: {error}") from None
-    given: dict[str, Any] = {}
+        if not isinstance(given, dict):
+            raise UsageError(f"{VARIABLE} has to be a JSON object, and is {text[:40]}")
+        return from_mapping(given)
+    given = {}
     for variable, name in SINGLE.items():
         if not (value := environ.get(variable)):
             continue

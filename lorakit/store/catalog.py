@@ -102,11 +102,11 @@ def best(finishes: Sequence[Finish], revisions: Mapping[int, Revision]) -> Revis
 
 def own_eval_loss(facts: Facts) -> float | None:
     """The eval_loss when it was measured at this very step."""
-    return facts.eval_loss if facts.eval_loss is not None and facts.eval_step == facts.step else None
+    return facts.eval_loss if facts.step is not None and facts.eval_step == facts.step else None
 
 
-def _nan_last(loss: float | None) -> float:
-    return math.inf if loss is None or math.isnan(loss) else loss
+def _nan_last(loss: float | None) -> tuple[bool, float]:
+    return (True, 0.0) if loss is None or math.isnan(loss) else (False, loss)
 
 
 def newest(candidates: Iterable[Revision], finishes: Sequence[Finish]) -> Revision | None:
@@ -140,7 +140,7 @@ class Run:
             return best(self.finishes, revisions)
         if text == "final":
             return newest((r for r in revisions.values() if r.kind == "final"), self.finishes)
-        if text in self.aliases:
+        if text and text in self.aliases:
             return revisions.get(self.aliases[text])
         wanted = parse_selector(text)
         if wanted.alias is not None:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError, disk_errors_named
+from lorakit.errors import Incomplete, LorakitError, disk_errors_named
 from lorakit.files.digests import folder_digest
 from lorakit.files.folders import clear_abandoned, sync_folder, sync_tree
 from lorakit.files.provenance import FILE as PROVENANCE
@@ -26,7 +26,7 @@ from lorakit.store.catalog import Facts, Finish, Label, Revision, Run, attempt_o
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS revisions (
-    id INTEGER PRIMARY KEY, base TEXT NOT NULL, run TEXT NOT NULL, kind TEXT NOT NULL, step INTEGER,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, base TEXT NOT NULL, run TEXT NOT NULL, kind TEXT NOT NULL, step INTEGER,
     digest TEXT NOT NULL, facts TEXT NOT NULL, rank INTEGER NOT NULL, size INTEGER NOT NULL, source TEXT NOT NULL,
     created REAL NOT NULL, repaired TEXT
 );
@@ -47,8 +47,8 @@ CREATE TABLE IF NOT EXISTS moves (
     revision INTEGER NOT NULL, at REAL NOT NULL, why TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS sources (
-    base TEXT NOT NULL, path TEXT NOT NULL, signature TEXT NOT NULL, weights_signature TEXT NOT NULL,
-    PRIMARY KEY (base, path)
+    base TEXT NOT NULL, run TEXT NOT NULL, path TEXT NOT NULL, signature TEXT NOT NULL,
+    weights_signature TEXT NOT NULL, PRIMARY KEY (base, run, path)
 );
 """
 _VERSION = 1
@@ -84,17 +84,26 @@ class Store:
             self._db = sqlite3.connect(
                 home / "store.sqlite3", timeout=30, check_same_thread=False, isolation_level=None
             )
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version > _VERSION:
-                raise LorakitError(
-                    f"the store '{home}' was written by a newer lorakit (schema {version}): upgrade, "
-                    f"or set LORAKIT_HOME to another folder"
-                )
-            self._db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
         except sqlite3.Error as error:
             raise LorakitError(f"the store '{home}' can't be opened: {error}; set LORAKIT_HOME to another") from error
+        try:
+            self._prepare()
+        except BaseException as error:
+            self._db.close()
+            if isinstance(error, sqlite3.Error):
+                raise LorakitError(f"the store '{home}' can't be used: {error}; set LORAKIT_HOME to another") from error
+            raise
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            raise LorakitError(
+                f"the store '{self.home}' was written by a newer lorakit (schema {version}): upgrade, "
+                f"or set LORAKIT_HOME to another folder"
+            )
+        self._db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
 
     def close(self) -> None:
         with self._lock:
@@ -102,33 +111,48 @@ class Store:
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, also against other processes on the same store."""
+        """One transaction, also against other processes on the same store.
+
+        Raises:
+            LorakitError: SQLite can't do it, and nothing is changed.
+        """
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise LorakitError(f"the store '{self.home}' can't be written: {error}") from error
 
     # files
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A folder to prepare a revision in; gone at the end unless `keep` took it."""
-        import fcntl
-
-        folder = self.home / "tmp" / f"stage-{uuid.uuid4().hex}"
-        with disk_errors_named(folder):
-            folder.mkdir()
-            lock = os.open(folder, os.O_RDONLY)
+        with disk_errors_named(self.home / "tmp"):
+            folder, lock = self._locked_stage()
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
                 yield folder
             finally:
                 os.close(lock)
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _locked_stage(self) -> tuple[Path, int]:
+        import fcntl
+
+        while True:
+            folder = self.home / "tmp" / f"stage-{uuid.uuid4().hex}"
+            folder.mkdir()
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock).st_nlink:
+                return folder, lock
+            os.close(lock)  # another server took it for abandoned before it was locked
 
     def keep(self, staged: Path) -> tuple[str, Path, int]:
         """Move a staged folder into its place, read-only: digest, folder and size in bytes.
@@ -155,6 +179,11 @@ class Store:
         return digest, target, size
 
     # what is known
+
+    def bases(self) -> list[str]:
+        """Every base that there are revisions for."""
+        with self._lock:
+            return [row[0] for row in self._db.execute("SELECT DISTINCT base FROM revisions ORDER BY base")]
 
     def runs(self) -> dict[str, Run]:
         """All runs of this base whose files are there."""
@@ -184,8 +213,14 @@ class Store:
     ) -> tuple[Revision, Finish | None]:  # fmt: skip
         """Record a revision; `finished` when it finished now, rather than being looked at again; `late` when it was
         there before anything else finished, so that it begins no new attempt. `source` is what the folder `path`
-        was like, so that it is not taken in again as it is."""
+        was like, so that it is not taken in again as it is.
+
+        Raises:
+            Incomplete: its files were removed between `keep` and now, by someone who forgot the same content.
+        """
         with self._change() as db:
+            if not (self.home / "revisions" / digest).is_dir():
+                raise Incomplete(f"the files of {digest[:8]} were removed while they were taken in: try again")
             db.execute("INSERT OR IGNORE INTO runs (base, run) VALUES (?, ?)", (self.base, run))
             known = db.execute(
                 "SELECT id FROM revisions"
@@ -207,8 +242,8 @@ class Store:
                     (self.base, run, kind, facts.step, digest, time.time(), *values),
                 ).lastrowid
             db.execute(
-                "INSERT OR REPLACE INTO sources (base, path, signature, weights_signature) VALUES (?, ?, ?, ?)",
-                (self.base, path, source.signature, source.weights_signature),
+                "INSERT OR REPLACE INTO sources (base, run, path, signature, weights_signature) VALUES (?, ?, ?, ?, ?)",
+                (self.base, run, path, source.signature, source.weights_signature),
             )
             finish = None
             if finished or not known:
@@ -288,13 +323,19 @@ class Store:
                 return
         shutil.rmtree(trash, ignore_errors=True)
 
+    def remove_unknown(self) -> None:
+        """Delete the files of revisions that no record needs: what a server that was killed could not delete."""
+        for folder in (self.home / "revisions").iterdir():
+            self.remove_folder(folder)
+
     # what was looked at
 
-    def source(self, path: str) -> Source | None:
-        """What a folder was like when it was last taken in."""
+    def source(self, run: str, path: str) -> Source | None:
+        """What a folder was like when it was last taken in for a run."""
         with self._lock:
             row = self._db.execute(
-                "SELECT signature, weights_signature FROM sources WHERE base = ? AND path = ?", (self.base, path)
+                "SELECT signature, weights_signature FROM sources WHERE base = ? AND run = ? AND path = ?",
+                (self.base, run, path),
             ).fetchone()
         return Source(*row) if row else None
 
@@ -307,3 +348,21 @@ class Store:
 
 
 _COLUMNS = "id, run, kind, digest, facts, rank, size, source, created, repaired"
+
+
+def bases_in(home: Path) -> list[str]:
+    """The bases that a store holds revisions for; none when there is no store."""
+    if not (home / "store.sqlite3").is_file():
+        return []
+    with open_store(home, "") as store:
+        return store.bases()
+
+
+@contextmanager
+def open_store(home: Path, base: str) -> Iterator[Store]:
+    """A store for as long as it is looked at."""
+    store = Store(home, base)
+    try:
+        yield store
+    finally:
+        store.close()

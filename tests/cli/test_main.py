@@ -38,7 +38,7 @@ def test_errors_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.code == 3
     error = json.loads(ended.out)["error"]
     assert (error["type"], error["code"]) == ("NotFound", 3)
-    assert error["message"] == "there is no adapter folder '/no/such/adapter'"
+    assert error["message"] == "there is no adapter folder '/no/such/adapter', and no such name in the store"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["mix", "--help"], ["merge"], ["mix", "x=y"]])

@@ -214,7 +214,7 @@ def settings_for(folder: Path, **more: Any) -> Settings:
     """A store in `folder/home`, `folder/runs` watched, and no waiting."""
     (folder / "runs").mkdir(exist_ok=True)
     quick: dict[str, Any] = {
-        "home": str(folder / "home"), "watch": (str(folder / "runs"),), "poll": 0.02, "quiet": 0.05, "load_wait": 2.0,
+        "home": str(folder / "home"), "watch": (str(folder / "runs"),), "poll": 0.02, "quiet": 0.05, "load_wait": 20.0,
     }  # fmt: skip
     return replace(Settings(), **{**quick, **more})
 
@@ -241,7 +241,7 @@ class Served:
         assert answer.json()["model"] == answer.headers["x-lorakit-revision"]
         return str(answer.headers["x-lorakit-revision"])
 
-    async def until(self, condition: Any, seconds: float = 5.0) -> Any:
+    async def until(self, condition: Any, seconds: float = 30.0) -> Any:
         """Ask again until there is an answer that counts."""
         async with asyncio.timeout(seconds):
             while True:

@@ -3,8 +3,8 @@
 python -m tests.server.programs supervise PIDFILE ENGINE-FLAGS...
 python -m tests.server.programs engine PIDFILE ENGINE-FLAGS...
 
-The engine's flags: `fail` (say why and end), `late` (need a while to start), `orphan` (leave a child behind), `stubborn`
-(ignore SIGTERM, and not end), `mute` (never say that it is up), `flaky` (fail at every second start).
+The engine's flags: `fail` (say why and end), `late` (need a while to start), `orphan` (leave a child behind),
+`stubborn` (ignore SIGTERM, and not end), `mute` (never say that it is up), `flaky` (fail at every second start).
 """
 
 from __future__ import annotations

@@ -321,10 +321,10 @@ async def test_a_new_attempt_that_the_engine_refuses_leaves_the_old_one_serving(
         assert r.meant("sql") == "step-1000"
 
 
-@pytest.mark.parametrize("name", ["latest", "best", "final", "mix", "numbers", "a b", "-x", "_x", "é", "x" * 129, "a@b"])
-async def test_a_folder_whose_name_cant_be_one_is_reported_as_refused(
-    tmp_path: Path, numbers: Path, name: str
-) -> None:
+@pytest.mark.parametrize(
+    "name", ["latest", "best", "final", "mix", "numbers", "a b", "-x", "_x", "é", "x" * 129, "a@b"]
+)
+async def test_a_folder_whose_name_cant_be_one_is_reported_as_refused(tmp_path: Path, numbers: Path, name: str) -> None:
     put_checkpoint(tmp_path / "runs" / name, 100)
     put_checkpoint(tmp_path / "runs" / "sql", 100)
     async with room(tmp_path, numbers) as r:

@@ -156,9 +156,7 @@ async def test_an_adapter_is_added_moved_and_removed(tmp_path: Path, numbers: Pa
      b'{"name": "a", "source": "https://example.com/a"}', b'{"name": "a", "source": "org/repo"}'],
     ids=lambda body: repr(body[:40]),
 )  # fmt: skip
-async def test_a_body_that_cant_be_read_is_refused_in_openais_shape(
-    tmp_path: Path, numbers: Path, body: bytes
-) -> None:
+async def test_a_body_that_cant_be_read_is_refused_in_openais_shape(tmp_path: Path, numbers: Path, body: bytes) -> None:
     put_checkpoint(tmp_path / "runs" / "sql", 100)
     async with serving(tmp_path, numbers) as served:
         headers = {"content-type": "application/json"}
