@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.store.locate import open_adapter
 from lorakit.errors import InvalidFile, OutOfSpace, UsageError
 from lorakit.files.digests import file_digest
 from lorakit.files.finite import look_at_numbers
@@ -23,6 +22,7 @@ from lorakit.merge.companions import Companion, plan_companions, write_config
 from lorakit.merge.copies import ensure_equal_copies
 from lorakit.merge.execute import Progress, execute
 from lorakit.merge.plan import DTYPES, MergePlan, plan_merge
+from lorakit.store.locate import open_adapter
 
 AdapterLike = Adapter | str | os.PathLike[str]
 Weighted = AdapterLike | tuple[AdapterLike, float]

@@ -10,8 +10,8 @@ from typing import Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
-from lorakit.store.locate import open_adapter
 from lorakit.errors import UsageError
+from lorakit.store.locate import open_adapter
 
 METHODS = ("linear",)
 

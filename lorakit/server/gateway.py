@@ -72,6 +72,9 @@ class Gateway:
                 await self._http(scope, receive, send)
             finally:
                 self.in_flight -= 1
+        elif scope["type"] == "websocket" and not self._allowed(scope, scope["path"]):
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "the API key is missing or wrong"})
         else:
             await self._inner(scope, receive, send)
 
@@ -156,7 +159,7 @@ class Gateway:
             await self._reconciler.engine.answer(scope, receive, send)
 
     def _allowed(self, scope: Scope, path: str) -> bool:
-        if not self._key or scope["method"] == "OPTIONS" or path in OPEN_TO_ALL:
+        if not self._key or scope.get("method") == "OPTIONS" or path in OPEN_TO_ALL:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return hmac.compare_digest(given, f"Bearer {self._key}".encode())

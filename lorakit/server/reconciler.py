@@ -143,7 +143,7 @@ class Reconciler:
         self.waiting = {
             (run, folder): waiting
             for (run, folder), waiting in self.waiting.items()
-            if (run, folder) in self._absent or folder.exists()
+            if (run, folder) in self._absent or (run, folder) in self._watcher.places
         }
         for name, folder in missing.items():
             if name not in self.runs:
@@ -217,7 +217,7 @@ class Reconciler:
             wanted = self._followed(run)
             if wanted is None:
                 break
-            if wanted.id in self._unproven:
+            if wanted.id in self._unproven or run.aliases.get("") != wanted.id:
                 try:
                     await self.bring_in(wanted)
                 except LoadFailed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -143,7 +144,7 @@ async def adapter(known: Known, name: str) -> dict[str, Any]:
 
 async def add_adapter(known: Known, new: NewAdapter) -> dict[str, Any]:
     """Take an adapter in and point the name at it; a name that exists gets a new revision."""
-    await known.load(new.name, _permitted(known, new.source))
+    await known.load(new.name, await asyncio.to_thread(_permitted, known, new.source))
     return adapter_view(known, new.name)
 
 
@@ -181,8 +182,8 @@ async def load_lora_adapter(known: Known, request: LoadRequest) -> Response:
     name, path = request.lora_name, request.lora_path
     if not name or not path:
         return error_response(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
-    folder = _permitted(known, path)
-    if not folder.is_dir():
+    folder = await asyncio.to_thread(_permitted, known, path)
+    if not await asyncio.to_thread(folder.is_dir):
         return error_response(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for {path}")
     await known.load(name, folder)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")

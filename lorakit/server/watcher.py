@@ -7,7 +7,7 @@ monotonic clock, never a file's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,11 @@ class Watcher:
         self._seen: dict[Place, _Seen] = {}
         self._first = True
         self.missing: dict[str, Path] = {}
+
+    @property
+    def places(self) -> Collection[Place]:
+        """What was there at the last scan."""
+        return self._seen.keys()
 
     def scan(self) -> list[Sight]:
         """Every candidate that changed since it was settled, each run's in the order of its steps."""

@@ -431,6 +431,18 @@ class TestWithAKey:
                 request.url = request.url.copy_with(raw_path=path.encode())
                 assert_openai_error(await served.client.send(request), 401)
 
+    async def test_a_websocket_without_the_key_is_closed(self) -> None:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await Gateway(nothing)({"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send)
+        assert [message["type"] for message in sent] == ["websocket.close"]
+
     async def test_with_the_key_it_answers_and_health_needs_none(self, tmp_path: Path, numbers: Path) -> None:
         async with serving(tmp_path, numbers) as served:
             headers = {"Authorization": "Bearer sekret"}

@@ -15,6 +15,7 @@ import openai
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.readme import blocks
 from tests.server.conftest import SLOTS, World
 from tests.server.real import PROMPTS, Answer, answer_of, ask, make_random_adapter, write_checkpoint
 
@@ -192,6 +193,14 @@ def test_the_openai_client_works_unchanged(world: World) -> None:
         assert {chunk.model for chunk in chunks} == {revision}
         with pytest.raises(openai.NotFoundError, match="nothing-of-this-name"):
             sdk.completions.create(model="nothing-of-this-name", prompt="x")
+
+
+def test_the_readmes_openai_example_runs(world: World) -> None:
+    put(world, "sql", 2, 500)
+    (example,) = [block for block in blocks("python") if "OpenAI(" in block]
+    example = example.replace("http://127.0.0.1:8000", world.server.url) + "\nclient.close()\n"
+    exec(compile(example, "README.md", "exec"), {})
+    assert world.server.adapter("sql")["requests"] == 1
 
 
 def test_what_can_not_be_served_right_is_refused_with_the_reason_and_the_rest_goes_on(

@@ -232,6 +232,33 @@ async def test_followed_by_hand_a_name_stays_where_it_was_put(tmp_path: Path, nu
         assert (r.meant("sql"), r.meant("sql@latest")) == ("step-100", "step-200")
 
 
+async def test_what_was_there_before_the_first_look_begins_no_attempt_however_late_it_is_ready(
+    tmp_path: Path, numbers: Path
+) -> None:
+    run = tmp_path / "runs" / "sql"
+    put_adapter(run / "checkpoint-100", 1)  # without a marker: it needs quiet time
+    put_checkpoint(run, 200)
+    async with room(tmp_path, numbers) as r:
+        await r.step()
+        assert r.meant("sql@step-100") is None
+        await r.settle()
+        assert r.meant("sql@step-100") == "step-100"
+        assert r.meant("sql") == r.meant("sql@latest") == "step-200"
+
+
+async def test_a_run_that_started_again_while_no_server_ran_is_followed(tmp_path: Path, numbers: Path) -> None:
+    run = tmp_path / "runs" / "sql"
+    folder = put_checkpoint(run, 100)
+    put_checkpoint(run, 200)
+    async with room(tmp_path, numbers) as r:
+        await r.step()
+    overwrite(folder, 77)
+    async with room(tmp_path, numbers) as r:
+        await r.step()
+        assert r.meant("sql") == "step-100"
+        assert r.text("sql") == fingerprint_of(folder)
+
+
 # moving by hand
 
 
@@ -433,6 +460,21 @@ async def test_a_refused_folder_that_is_made_right_is_served(tmp_path: Path, num
         put_checkpoint(tmp_path / "runs" / "sql", 100)
         await r.step()
         assert (r.meant("sql"), r.why("sql")) == ("step-100", "")
+
+
+async def test_after_a_restart_what_the_engine_refuses_takes_no_name_for_a_moment(
+    tmp_path: Path, numbers: Path
+) -> None:
+    run = tmp_path / "runs" / "sql"
+    put_checkpoint(run, 100)
+    bad = put_checkpoint(run, 200)
+    for _ in range(2):
+        engine = FakeEngine(numbers)
+        engine.refuses.add(fingerprint_of(bad))
+        async with room(tmp_path, numbers, engine=engine) as r:
+            await r.step()
+            assert r.meant("sql") == "step-100"
+            assert not any("step-200" in line for line in r.told("alias"))
 
 
 # what is watched

@@ -1,0 +1,14 @@
+"""The README, and its blocks of code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language; the empty one for those without."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)

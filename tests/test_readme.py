@@ -1,0 +1,54 @@
+"""What the README shows is run, as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lorakit.cli.main import VERBS
+from tests.cli.commands import lorakit
+from tests.folders import write_adapter, write_base
+from tests.readme import README, ROOT, blocks
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folders that the README speaks of."""
+    base = write_base(tmp_path / "models" / "llama")
+    for name in ("runs/sql/checkpoint-500", "runs/chat"):
+        write_adapter(tmp_path / name, base_model_name_or_path=str(base))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+COMMANDS = [shlex.split(line) for block in blocks("") for line in block.splitlines() if line.startswith("lorakit ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_does_what_it_says(
+    command: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*command[1:], "--dry-run"] if command[1] == "serve" else command[1:]
+    ended = lorakit(capsys, *arguments)
+    assert ended.code == 0, ended.err
+    if "--out" in command:
+        assert (workplace / command[command.index("--out") + 1]).is_dir()
+
+
+def test_every_verb_is_shown() -> None:
+    assert {command[1] for command in COMMANDS} == set(VERBS)
+
+
+def test_the_python_example_runs(workplace: Path) -> None:
+    (example,) = [block for block in blocks("python") if "load_adapter" in block]
+    exec(compile(example, "README.md", "exec"), {})
+    assert (workplace / "mixed" / "adapter_model.safetensors").is_file()
+    assert (workplace / "merged" / "model.safetensors").is_file()
+
+
+def test_the_picture_is_there() -> None:
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file()
