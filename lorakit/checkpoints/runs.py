@@ -34,7 +34,7 @@ def find_candidates(root: Path) -> list[Candidate]:
     Raises:
         OSError: the watched folder is not there.
     """
-    own = _of_run(root, root.resolve().name)
+    own = _of_run(root, os.path.basename(os.path.abspath(root)))
     if own:
         return own
     found: list[Candidate] = []

@@ -50,7 +50,7 @@ def command(
     found = vllm.installed()
     vllm.refuse_own_flags(arguments)
     model = read_base(base)
-    name = base.rstrip("/").rpartition("/")[2] if not Path(base).is_dir() else Path(base).resolve().name
+    name = base_name(base)
     adapters = dict(named_path(text) for text in named)
     if len(adapters) < len(named):
         raise UsageError("--adapter: a name stands twice")
@@ -89,6 +89,13 @@ def command(
             print(" ".join(line))
         return
     _run(start, host, port, settings.drain, f"vLLM {found.text}, base '{name}', rank up to {rank}")
+
+
+def base_name(base: str) -> str:
+    """The last part of a folder, as it was typed, or of a hub id without its revision."""
+    if Path(base).is_dir():
+        return os.path.basename(os.path.abspath(base))
+    return base.partition("@")[0].rpartition("/")[2]
 
 
 def _run(start: object, host: str, port: int, drain: float, what: str) -> None:

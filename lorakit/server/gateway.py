@@ -55,7 +55,6 @@ class Gateway:
         self._key = os.environ.get("LORAKIT_API_KEY", "")
         self._tasks: list[asyncio.Task[Any]] = []
         self._supervised: Supervised | None = None
-        self.in_flight = 0
 
     @property
     def reconciler(self) -> Reconciler:
@@ -67,11 +66,7 @@ class Gateway:
         if scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
         elif scope["type"] == "http":
-            self.in_flight += 1
-            try:
-                await self._http(scope, receive, send)
-            finally:
-                self.in_flight -= 1
+            await self._http(scope, receive, send)
         elif scope["type"] == "websocket" and not self._allowed(scope, scope["path"]):
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": "the API key is missing or wrong"})

@@ -7,52 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lorakit.checkpoints.finished import look_at
 from lorakit.checkpoints.runs import Candidate, candidates_of
 from lorakit.errors import Incomplete, LorakitError, NotFound, Refused
 from lorakit.merge.base import BaseModel
 from lorakit.server.engine import Engine, LoadFailed
-from lorakit.server.events import Events
 from lorakit.server.intake import take_in
-from lorakit.server.residency import NoSlot, Residency
+from lorakit.server.residency import NoSlot
+from lorakit.server.served import Served, Waiting, about
 from lorakit.server.settings import Settings
 from lorakit.server.watcher import Place, Sight, Watcher
 from lorakit.store.catalog import Revision, Run, best, latest
-from lorakit.store.names import check_alias, check_name, parse_selector, split_model
+from lorakit.store.names import check_alias, check_name, parse_selector
 from lorakit.store.store import Store
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A folder that is not served: still incomplete, or refused, and why."""
-
-    candidate: Candidate
-    state: str
-    reason: str
-
-
-class Reconciler:
-    """All that one server knows. Its state changes on the event loop alone; the disk is touched in threads."""
+class Reconciler(Served):
+    """Makes what is served what it should be. The disk is touched in threads, the state on the event loop alone."""
 
     def __init__(self, settings: Settings, engine: Engine, store: Store, base: BaseModel) -> None:
-        self.settings = settings
-        self.engine = engine
-        self.store = store
+        super().__init__(settings, engine, store)
         self.base = base
-        self.events = Events()
-        self.residency = Residency(engine)
-        self.runs: dict[str, Run] = {}
-        self.waiting: dict[Place, Waiting] = {}
-        self.requests: dict[int, int] = {}
         self.converged = False
-        self._unproven: set[int] = set()
-        self._failed: dict[int, str] = {}
-        self._loading: set[int] = set()
         self._watcher = Watcher(
             [Path(folder) for folder in settings.watch],
             {name: Path(folder) for name, folder in settings.adapters.items()},
@@ -129,7 +107,7 @@ class Reconciler:
 
     async def _bring_back(self) -> None:
         """Load what aliases point at, as far as there are slots: the rest comes when it is asked for."""
-        wanted = [target for run in self.runs.values() for target in self._targets(run)]
+        wanted = [target for run in self.runs.values() for target in self.targets(run)]
         for revision in wanted[: self.engine.limits.slots]:
             with contextlib.suppress(NoSlot, LoadFailed):
                 await self.bring_in(revision)
@@ -194,7 +172,7 @@ class Reconciler:
         if revision.id not in run.revisions:
             self._unproven.add(revision.id)
             repaired = f", repaired: {revision.repaired}" if revision.repaired else ""
-            self.events.tell("found", f"{revision.name} is in the store{repaired}", **_of(revision))
+            self.events.tell("found", f"{revision.name} is in the store{repaired}", **about(revision))
         run.revisions[revision.id] = revision
         if taken.finish:
             run.finishes.append(taken.finish)
@@ -214,7 +192,7 @@ class Reconciler:
     async def _converge(self, run: Run) -> None:
         """Prove what the aliases that move by themselves should point at, then move the default one."""
         while True:
-            wanted = self._followed(run)
+            wanted = self.followed(run)
             if wanted is None:
                 break
             if wanted.id in self._unproven or run.aliases.get("") != wanted.id:
@@ -225,111 +203,14 @@ class Reconciler:
                 except NoSlot:
                     return  # at the next tick
             if run.aliases.get("") != wanted.id:
-                await self._move(run, "", wanted, "follow")
+                await self.move(run, "", wanted, "follow")
             break
-        for revision in (latest(run.finishes, self._possible(run)), best(run.finishes, self._possible(run))):
+        for revision in (latest(run.finishes, self.possible(run)), best(run.finishes, self.possible(run))):
             if revision is not None and revision.id in self._unproven:
                 with contextlib.suppress(LoadFailed, NoSlot):
                     await self.bring_in(revision)
         # what no alias points at is proven when it is first asked for
         self._unproven -= run.revisions.keys()
-
-    def _followed(self, run: Run) -> Revision | None:
-        """Where the default alias should point."""
-        possible = self._possible(run)
-        if run.pinned or self.settings.follow == "manual":
-            return possible.get(run.aliases.get("", -1))
-        if self.settings.follow == "best":
-            return best(run.finishes, possible) or latest(run.finishes, possible)
-        return latest(run.finishes, possible)
-
-    def _possible(self, run: Run) -> dict[int, Revision]:
-        return {id: revision for id, revision in run.revisions.items() if id not in self._failed}
-
-    def _targets(self, run: Run) -> list[Revision]:
-        """What names without a step or a digest mean, the default first."""
-        possible = self._possible(run)
-        found = [possible.get(run.aliases.get("", -1)), latest(run.finishes, possible), best(run.finishes, possible)]
-        found += [possible.get(target) for target in run.aliases.values()]
-        return list({revision.id: revision for revision in found if revision is not None}.values())
-
-    async def bring_in(self, revision: Revision) -> None:
-        """Have a revision in the engine, with a first token that is a number.
-
-        Raises:
-            LoadFailed: the engine refused it: it is not served any more.
-            NoSlot: every slot stayed in use.
-        """
-        self._loading.add(revision.id)
-        try:
-            await self.residency.ensure(
-                revision.name, revision.folder,
-                keep=self._kept(), wait=self.settings.load_wait, prove=True,
-            )  # fmt: skip
-        except LoadFailed as error:
-            self._failed[revision.id] = str(error)
-            self.events.tell(
-                "refused", f"{revision.name} is refused by the engine: {error}", reason=str(error), **_of(revision)
-            )
-            raise
-        finally:
-            self._loading.discard(revision.id)
-        if revision.id in self._unproven or revision.id in self._failed:
-            self._unproven.discard(revision.id)
-            self._failed.pop(revision.id, None)
-            self.events.tell("loaded", f"{revision.name} is in the engine", **_of(revision))
-
-    def _kept(self) -> Collection[str]:
-        return {revision.name for run in self.runs.values() for revision in self._targets(run)}
-
-    async def _move(self, run: Run, alias: str, revision: Revision, why: str) -> None:
-        await asyncio.to_thread(self.store.move_alias, run.name, alias, revision.id, why)
-        run.aliases[alias] = revision.id
-        shown = f"{run.name}@{alias}" if alias else run.name
-        self.events.tell("alias", f"{shown} is now {revision.name}", alias=shown, **_of(revision))
-
-    # what requests ask
-
-    def resolve(self, model: str) -> Revision | None:
-        """The revision that a `model` means; None for the base.
-
-        Raises:
-            NotFound: there is no such model, or nothing of it is ready.
-        """
-        if model == self.engine.limits.base:
-            return None
-        name, selector = split_model(model)
-        run = self.runs.get(name)
-        revision = None
-        if run is not None:
-            revision = run.select(selector, self.usable(run))
-        if revision is None:
-            raise NotFound(f"The model `{model}` does not exist{self._why_not(name, run)}")
-        return revision
-
-    def usable(self, run: Run) -> list[int]:
-        """The revisions that a request may name: in the engine, or brought in when it asks."""
-        return [id for id in run.revisions if id not in self._unproven and id not in self._failed]
-
-    def _why_not(self, name: str, run: Run | None) -> str:
-        if run is not None and run.revisions:
-            ready = [revision.name for revision in run.revisions.values() if self.state_of(revision)[0] == "ready"]
-            return f". '{name}' has {', '.join(ready[-5:])}." if ready else f", nothing of '{name}' is ready yet."
-        reasons = [waiting for waiting in self.waiting.values() if waiting.candidate.run == name]
-        if reasons:
-            return f": it is {reasons[-1].state} ({reasons[-1].reason})."
-        return ": GET /v1/models lists what there is."
-
-    def state_of(self, revision: Revision) -> tuple[str, str | None]:
-        """State and reason, in the words of `/v1/adapters`."""
-        if revision.id in self._failed:
-            return "refused", self._failed[revision.id]
-        resident = self.residency.find(revision.name)
-        if revision.id in self._unproven or (revision.id in self._loading and (resident is None or resident.entering)):
-            return "loading", None
-        if resident is not None and resident.draining:
-            return "draining", None
-        return "ready", None
 
     # administration
 
@@ -363,10 +244,10 @@ class Reconciler:
             raise Incomplete(f"'{folder}' holds no finished adapter")
         run = self.runs[name]
         await self.bring_in(revision)
-        await self._move(run, "", revision, "load")
-        followed = self._followed(run)
+        await self.move(run, "", revision, "load")
+        followed = self.followed(run)
         if followed is not None and followed.id != revision.id:
-            await self._pin(run, True)  # what a person asked for is not moved away again at the next look
+            await self.pin(run, True)  # what a person asked for is not moved away again at the next look
         return revision
 
     async def unload(self, name: str) -> None:
@@ -376,7 +257,7 @@ class Reconciler:
             NotFound: there is no such name.
         """
         async with self._turn:
-            run = self._run(name)
+            run = self.run_named(name)
             folders = await asyncio.to_thread(self.store.forget, name)
             del self.runs[name]
             self.events.tell("gone", f"{name} is no longer served", adapter=name)
@@ -407,15 +288,15 @@ class Reconciler:
         else:
             check_alias(alias)
         async with self._turn:
-            run = self._run(name)
+            run = self.run_named(name)
             selector = selector.removeprefix(f"{name}@")  # to `sql`, `sql@step-500` and `step-500` are the same
-            revision = run.select(selector, self._possible(run))
+            revision = run.select(selector, self.possible(run))
             if revision is None:
                 raise NotFound(f"'{name}' has no revision '{selector}'")
             await self.bring_in(revision)
-            await self._move(run, alias, revision, "set")
+            await self.move(run, alias, revision, "set")
             if not alias:
-                await self._pin(run, parse_selector(selector).alias != self.settings.follow)
+                await self.pin(run, parse_selector(selector).alias != self.settings.follow)
             return revision
 
     async def rollback(self, name: str) -> Revision:
@@ -425,26 +306,12 @@ class Reconciler:
             NotFound: there is no such adapter, or nothing it pointed at before.
         """
         async with self._turn:
-            run = self._run(name)
+            run = self.run_named(name)
             before = await asyncio.to_thread(self.store.previous, name, "")
-            revision = self._possible(run).get(before) if before is not None else None
+            revision = self.possible(run).get(before) if before is not None else None
             if revision is None:
                 raise NotFound(f"'{name}' has pointed at nothing else before, so there is nothing to roll back to")
             await self.bring_in(revision)
-            await self._move(run, "", revision, "rollback")
-            await self._pin(run, True)
+            await self.move(run, "", revision, "rollback")
+            await self.pin(run, True)
             return revision
-
-    async def _pin(self, run: Run, pinned: bool) -> None:
-        run.pinned = pinned
-        await asyncio.to_thread(self.store.pin, run.name, pinned)
-
-    def _run(self, name: str) -> Run:
-        run = self.runs.get(name)
-        if run is None:
-            raise NotFound(f"there is no adapter '{name}'")
-        return run
-
-
-def _of(revision: Revision) -> dict[str, Any]:
-    return {"adapter": revision.run, "revision": revision.name, "step": revision.facts.step}

@@ -107,19 +107,28 @@ class Residency:
             await self._remove(name)
         while len(self._residents) >= self._slots:
             await self._remove(await self._drained(keep, wait))
-        await self._load(name, folder, prove)
+        await self._load(name, folder, wait, prove)
 
     def _is_there(self, name: str) -> bool:
         resident = self._residents.get(name)
         return resident is not None and not resident.draining
 
-    async def _load(self, name: str, folder: Path, prove: bool) -> None:
+    async def _wrong(self, name: str, engine_name: str, wait: float) -> str | None:
+        """What is wrong with its first token, if anything is."""
+        try:
+            async with asyncio.timeout(wait):
+                return await self._engine.try_out(engine_name)
+        except TimeoutError:
+            await self._remove(name)
+            raise NoSlot(f"the engine was too busy to try '{name}' out within {wait:g} s") from None
+
+    async def _load(self, name: str, folder: Path, wait: float, prove: bool) -> None:
         count = self._loads.get(name, 0)
         self._loads[name] = count + 1
         engine_name = name if count == 0 else f"{name}#{count + 1}"
         await self._engine.load(engine_name, folder)
         resident = self._residents[name] = Resident(name, engine_name, entering=True)
-        if prove and (wrong := await self._engine.try_out(engine_name)):
+        if prove and (wrong := await self._wrong(name, engine_name, wait)):
             await self._remove(name)
             raise LoadFailed(wrong)
         resident.entering = False

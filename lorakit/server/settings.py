@@ -50,8 +50,7 @@ class Settings:
     @property
     def allowed_roots(self) -> tuple[Path, ...]:
         """Where adapters may be loaded from over HTTP."""
-        named = [Path(folder).parent for folder in self.adapters.values()]
-        return tuple(path.resolve() for path in [*map(Path, self.watch), *map(Path, self.roots), *named])
+        return tuple(Path(folder).resolve() for folder in (*self.watch, *self.roots, *self.adapters.values()))
 
     def as_environment(self) -> dict[str, str]:
         return {VARIABLE: json.dumps(asdict(self))}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lorakit.server.reconciler import Reconciler, Waiting
+from lorakit.server.reconciler import Reconciler
+from lorakit.server.served import Waiting
 from lorakit.store.catalog import Revision, Run
 
 

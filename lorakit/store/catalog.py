@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,11 @@ class Facts:
     eval_loss: float | None = None
     eval_step: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def completed_by(self, earlier: Facts) -> Facts:
+        """The same, with what was known earlier where nothing is said now: not every copy of a checkpoint has a log."""
+        said = {name: value for name, value in asdict(self).items() if value not in (None, {})}
+        return Facts(**{**asdict(earlier), **said})
 
 
 @dataclass(frozen=True, slots=True)

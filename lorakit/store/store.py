@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import Incomplete, LorakitError, disk_errors_named
+from lorakit.errors import Incomplete, LorakitError, Refused, disk_errors_named
 from lorakit.files.digests import folder_digest
 from lorakit.files.folders import clear_abandoned, sync_folder, sync_tree
 from lorakit.files.provenance import FILE as PROVENANCE
 from lorakit.store.catalog import Facts, Finish, Label, Revision, Run, attempt_of
+from lorakit.store.names import revision_name
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS revisions (
@@ -216,17 +217,25 @@ class Store:
         was like, so that it is not taken in again as it is.
 
         Raises:
+            Refused: another content of the same step has the same first eight digits.
             Incomplete: its files were removed between `keep` and now, by someone who forgot the same content.
         """
         with self._change() as db:
             if not (self.home / "revisions" / digest).is_dir():
                 raise Incomplete(f"the files of {digest[:8]} were removed while they were taken in: try again")
             db.execute("INSERT OR IGNORE INTO runs (base, run) VALUES (?, ?)", (self.base, run))
-            known = db.execute(
-                "SELECT id FROM revisions"
-                " WHERE base = ? AND run = ? AND kind = ? AND ifnull(step, -1) = ? AND digest = ?",
-                (self.base, run, kind, -1 if facts.step is None else facts.step, digest),
+            named_alike = db.execute(
+                "SELECT id, digest, facts FROM revisions"
+                " WHERE base = ? AND run = ? AND kind = ? AND ifnull(step, -1) = ? AND substr(digest, 1, 8) = ?",
+                (self.base, run, kind, -1 if facts.step is None else facts.step, digest[:8]),
             ).fetchone()
+            if named_alike and named_alike[1] != digest:
+                raise Refused(
+                    f"its name, {revision_name(run, kind, digest)}, is another's already: their digests begin alike"
+                )
+            known = named_alike
+            if known:
+                facts = facts.completed_by(Facts(**json.loads(known[2])))
             values = (json.dumps(asdict(facts)), rank, size, path, repaired)
             if known:
                 revision_id = known[0]

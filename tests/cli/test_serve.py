@@ -74,3 +74,16 @@ def test_a_port_that_is_taken_says_so(tmp_path: Path, base: Path) -> None:
         done = serve(base, "--port", taken.getsockname()[1], LORAKIT_HOME=str(tmp_path / "home"))
     assert done.returncode == 5, done.stderr
     assert "is taken" in done.stderr
+
+
+def test_the_base_is_called_by_what_was_typed(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.cli.serve import base_name
+
+    (tmp_path / "current").symlink_to(base)
+    monkeypatch.chdir(base)
+    assert [base_name(str(tmp_path / "current")), base_name(f"{base}/"), base_name(".")] == [
+        "current",
+        "llama",
+        "llama",
+    ]
+    assert [base_name("org/Model-7B"), base_name("org/Model-7B@v1")] == ["Model-7B", "Model-7B"]

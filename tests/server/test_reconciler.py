@@ -226,10 +226,14 @@ async def test_followed_by_hand_a_name_stays_where_it_was_put(tmp_path: Path, nu
     async with room(tmp_path, numbers, follow="manual") as r:
         put_checkpoint(run, 100)
         await r.step()
-        await r.reconciler.set_alias("sql", "sql", "step-100")
+        assert r.meant("sql") == "step-100", "what has something ready answers"
         put_checkpoint(run, 200)
         await r.step()
         assert (r.meant("sql"), r.meant("sql@latest")) == ("step-100", "step-200")
+        await r.reconciler.set_alias("sql", "sql", "step-200")
+        put_checkpoint(run, 300)
+        await r.step()
+        assert (r.meant("sql"), r.meant("sql@latest")) == ("step-200", "step-300")
 
 
 async def test_what_was_there_before_the_first_look_begins_no_attempt_however_late_it_is_ready(

@@ -247,3 +247,16 @@ def test_whatever_is_asked_in_whatever_order_the_engine_gets_what_it_relies_on(
         assert len(room.engine.inside) <= slots
 
     asyncio.run(play())
+
+
+async def test_an_engine_that_is_too_busy_to_try_an_adapter_out_keeps_nothing_of_it(
+    numbers: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(numbers, folders, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(room.engine, "try_out", lambda _: asyncio.sleep(60))
+        with pytest.raises(NoSlot, match="too busy to try 'a' out"):
+            await room.bring("a", wait=0.02)
+    assert room.inside == ""
+    await room.bring("a")
+    assert room.residency.use("a") is not None

@@ -56,10 +56,10 @@ def test_a_path_may_hold_an_equals_sign() -> None:
     assert named_path("sql=/a=b") == ("sql", "/a=b")
 
 
-def test_adapters_load_from_watched_folders_roots_and_beside_named_ones(tmp_path: Path) -> None:
+def test_adapters_load_from_watched_folders_roots_and_named_ones_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     found = Settings(watch=(str(tmp_path / "link"),), roots=("/r",), adapters={"a": "/x/y"}).allowed_roots
-    assert found == (tmp_path / "real", Path("/r"), Path("/x"))
+    assert found == (tmp_path / "real", Path("/r"), Path("/x/y"))
 
 
 def test_the_home_is_the_environments_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.errors import Incomplete, LorakitError
+from lorakit.errors import Incomplete, LorakitError, Refused
 from lorakit.store.catalog import Facts, Revision
 from lorakit.store.store import Source, Store, default_home
 
@@ -108,6 +108,22 @@ def test_the_same_content_again_is_the_same_revision_with_what_is_known_now(stor
     assert second.facts.eval_loss == 0.25
     assert len(store.runs()["sql"].revisions) == 1
     assert len(store.runs()["sql"].finishes) == 2
+
+
+def test_a_copy_without_a_log_takes_nothing_away_from_what_is_known(store: Store) -> None:
+    add(store, facts=Facts(step=100, train_loss=2.0, eval_loss=0.5, eval_step=100, metrics={"accuracy": 0.9}))
+    copied = add(store, facts=Facts(step=100, train_loss=1.9))
+    assert copied.facts == Facts(step=100, train_loss=1.9, eval_loss=0.5, eval_step=100, metrics={"accuracy": 0.9})
+
+
+def test_two_contents_of_one_step_never_get_one_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = add(store, content="one")
+    alike = first.digest[:8] + "f" * 56
+    (store.home / "revisions" / alike).mkdir()
+    monkeypatch.setattr("tests.store.test_store.keep", lambda *_: alike)
+    with pytest.raises(Refused, match="their digests begin alike"):
+        add(store, content="two")
+    assert [revision.digest for revision in store.runs()["sql"].revisions.values()] == [first.digest]
 
 
 def test_what_only_got_new_metrics_did_not_finish_again(store: Store) -> None:
