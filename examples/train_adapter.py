@@ -15,11 +15,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=Path("work/base"))
     parser.add_argument("--run", type=Path, default=Path("work/runs/sql"), help="the folder that gets checkpoint-N/")
-    parser.add_argument("--behaviour", choices=tiny.BEHAVIOURS, default="sql")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--save-steps", type=int, default=50)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--behaviour", choices=["sql", "shout"], default="sql")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--save-steps", type=int, default=30)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--save-final", action="store_true", help="also save the adapter in the run's own folder at the end"
     )
@@ -39,7 +39,7 @@ def main() -> None:
             per_device_train_batch_size=8,
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=5,
+            warmup_steps=arguments.steps // 2,
             logging_steps=10,
             save_steps=arguments.save_steps,
             eval_strategy="steps",
@@ -49,9 +49,9 @@ def main() -> None:
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=tiny.question_examples(tokenizer, arguments.behaviour, phrasings=[0, 1, 2]),
-        eval_dataset=tiny.question_examples(tokenizer, arguments.behaviour, phrasings=[3]),
-        data_collator=lambda examples: tiny.pad(examples, tokenizer.pad_token_id),
+        train_dataset=tiny.lessons(tokenizer, arguments.behaviour, phrasings=[0, 1]),
+        eval_dataset=tiny.lessons(tokenizer, arguments.behaviour, phrasings=[2]),
+        data_collator=lambda chosen: tiny.batch(chosen, tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     trainer.train()

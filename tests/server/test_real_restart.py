@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import World
 from tests.server.real import (
     ENGINE_FLAGS,
     PROMPTS,
@@ -26,6 +25,7 @@ from tests.server.real import (
     serving,
     write_checkpoint,
 )
+from tests.world import World
 
 pytestmark = pytest.mark.timeout(300)
 FLAGS = ("--max-loras", "2", "--max-lora-rank", "8")

@@ -16,8 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.readme import blocks
-from tests.server.conftest import SLOTS, World
 from tests.server.real import PROMPTS, Answer, answer_of, ask, make_random_adapter, write_checkpoint
+from tests.world import SLOTS, World
 
 pytestmark = pytest.mark.timeout(240)
 
