@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lorakit-installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-deps
+PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tiny
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -27,6 +27,7 @@ def main() -> None:
 
     base = str(arguments.base.resolve())  # PEFT writes this path into each adapter_config.json
     tokenizer = AutoTokenizer.from_pretrained(base)
+    set_seed(arguments.seed)  # the adapter's first factors are drawn before the Trainer would set it
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
         LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=LINEAR_LAYERS),

@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
+from socket import socket
+from typing import TYPE_CHECKING
 
 import click
 
 from lorakit.cli.shared import print_json
 from lorakit.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from lorakit.server.supervisor import Command
 
 
 @click.command(name="serve", context_settings={"ignore_unknown_options": False})
@@ -45,7 +51,9 @@ def command(
     from lorakit.merge.base import read_base
     from lorakit.server import vllm
     from lorakit.server.settings import from_mapping, named_path
+    from lorakit.server.supervisor import listen
     from lorakit.store.names import check_name
+    from lorakit.store.store import Store
 
     found = vllm.installed()
     vllm.refuse_own_flags(arguments)
@@ -73,9 +81,9 @@ def command(
     )
     rank = vllm.allowed_rank(max_lora_rank or _largest_rank([*watched, *adapters.values()]))
 
-    def start(socket: str) -> tuple[list[str], dict[str, str]]:
+    def start(path: str) -> tuple[list[str], dict[str, str]]:
         line = vllm.command(
-            found, base=str(model.folder.resolve()), name=name, socket=socket, slots=max_loras, rank=rank,
+            found, base=str(model.folder.resolve()), name=name, socket=path, slots=max_loras, rank=rank,
             extra=arguments,
         )  # fmt: skip
         environ = {**os.environ, **settings.as_environment()}
@@ -88,7 +96,10 @@ def command(
         else:
             print(" ".join(line))
         return
-    _run(start, host, port, settings.drain, f"vLLM {found.text}, base '{name}', rank up to {rank}")
+    what = f"vLLM {found.text}, base '{name}', rank up to {rank}"
+    with closing(listen(host, port)) as public:
+        Store(settings.store_home, model.identity).close()  # one that can't be used is said before vLLM is started
+        _run(start, public, host, settings.drain, what)
 
 
 def base_name(base: str) -> str:
@@ -98,16 +109,15 @@ def base_name(base: str) -> str:
     return base.partition("@")[0].rpartition("/")[2]
 
 
-def _run(start: object, host: str, port: int, drain: float, what: str) -> None:
+def _run(start: Command, public: socket, host: str, drain: float, what: str) -> None:
     from lorakit.server import vllm
-    from lorakit.server.supervisor import Supervisor, listen
+    from lorakit.server.supervisor import Supervisor
 
-    public = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     print(f"lorakit: {what}, on http://{shown}:{public.getsockname()[1]}", file=sys.stderr, flush=True)
 
     async def supervise() -> int:
-        supervisor = Supervisor(public, start, drain=drain, phase_of=vllm.phase_of)  # type: ignore[arg-type]
+        supervisor = Supervisor(public, start, drain=drain, phase_of=vllm.phase_of)
         await supervisor.run()
         return supervisor.exit_code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import Conflict, InvalidFile, NotFound, UsageError
+from lorakit.files.digests import sampled_digest
 from lorakit.files.folders import FileState, file_state, read_json
 from lorakit.files.hub import hub_folder, looks_like_hub_id
 from lorakit.files.safetensors import Header, StoredTensor, read_header
@@ -34,6 +36,15 @@ class BaseModel:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         return {name: stored for shard in self.shards for name, stored in shard.tensors.items()}
+
+    @cached_property
+    def identity(self) -> str:
+        """Tells one base from another, a retrained one of the same shapes among them, wherever they lie.
+
+        From samples: the whole of a large model takes minutes to read.
+        """
+        parts = [sampled_digest(self.folder / "config.json"), *(sampled_digest(shard.file) for shard in self.shards)]
+        return f"{self.model_type}-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]}"
 
     @property
     def model_type(self) -> str:

@@ -118,7 +118,7 @@ class Gateway:
         if wrong := await engine.try_out(engine.limits.base):  # the first request pays for what is compiled lazily
             raise EngineFailed(f"the base does not answer: {wrong}")
         base = await asyncio.to_thread(read_base, engine.limits.base_path)
-        store = await asyncio.to_thread(Store, settings.store_home, str(base.folder.resolve()))
+        store = await asyncio.to_thread(Store, settings.store_home, base.identity)
         reconciler = Reconciler(settings, engine, store, base)
         await reconciler.recall()
         self._reconciler, self._routes = reconciler, routes_for(reconciler)

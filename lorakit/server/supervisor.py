@@ -314,9 +314,12 @@ class EngineProcess:
         self._process.kill()
 
     async def end(self, patience: float, at_once: asyncio.Event) -> None:
-        """Have it and all that it started gone: by itself within `patience` and some seconds, else by force."""
+        """Have it and all that it started gone: by itself within `patience` and some seconds, else by force.
+
+        Before it is up there is nothing to finish, and while it imports it hears no signal.
+        """
         waits = [asyncio.create_task(event.wait()) for event in (self._gone, at_once)]
-        await asyncio.wait(waits, timeout=patience + 10, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waits, timeout=patience + 10 if self.up else 2, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         # Its leader is not reaped yet, so the group's number is still its own, and what vLLM orphaned is in it.

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -197,7 +197,9 @@ class InsideEngine:
             honours_patterns=version >= PATTERNS_SINCE,
         )
         self._card: dict[str, Any] = {}
-        self._can_complete = any(getattr(route, "path", "") == "/v1/completions" for route in app.routes)
+        paths = {getattr(route, "path", "") for route in app.routes}
+        self._can_complete = "/v1/completions" in paths
+        self._has_route = "/v1/load_lora_adapter" in paths  # only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
 
     @property
     def limits(self) -> Limits:
@@ -205,17 +207,27 @@ class InsideEngine:
 
     async def load(self, name: str, folder: Path) -> None:
         await self._clear_leaked()
-        status, body = await self.call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        if status != 200:
+        reason = await self._adapters("load", {"lora_name": name, "lora_path": str(folder)})
+        if reason is not None:
             await self._clear_leaked()
-            raise LoadFailed(_message(body))
+            raise LoadFailed(reason)
 
     async def remove(self, name: str) -> None:
         request = self._models.lora_requests.get(name)
         if request is None:
             return
-        await self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        await self._adapters("unload", {"lora_name": name})
         await self._client.remove_lora(request.lora_int_id)
+
+    async def _adapters(self, verb: str, asked: dict[str, Any]) -> str | None:
+        """`load` or `unload`: None, or why not. Through vLLM's route, or what stands behind it where that was not
+        switched on."""
+        if self._has_route:
+            status, body = await self.call("POST", f"/v1/{verb}_lora_adapter", asked)
+            return None if status == 200 else _message(body)
+        handler = getattr(self._models, f"{verb}_lora_adapter")
+        told = await handler(get_type_hints(handler)["request"](**asked))
+        return None if isinstance(told, str) else str(told.error.message)
 
     async def _clear_leaked(self) -> None:
         """Take out what nobody knows of, as it takes a place: a failed load leaves its id behind, and a request whose

@@ -159,3 +159,12 @@ def test_a_base_that_went_away_is_not_found(tmp_path: Path) -> None:
     adapter = load_adapter(write_adapter(tmp_path / "one", base_model_name_or_path="/gone/base"))
     with pytest.raises(NotFound, match=r"'/gone/base', which adapter .* names: name another with --base"):
         base_named_by([adapter])
+
+
+def test_a_base_is_itself_wherever_it_lies_and_another_when_it_was_trained_again(tmp_path: Path) -> None:
+    one = write_base(tmp_path / "one", shards=2)
+    copied = write_base(tmp_path / "copied", shards=2)
+    tensors = {name: tensor + 1 for name, tensor in base_tensors().items()}
+    retrained = write_base(tmp_path / "retrained", tensors, shards=2)
+    identities = [read_base(folder).identity for folder in (one, copied, retrained)]
+    assert identities[0] == identities[1] != identities[2]

@@ -20,9 +20,11 @@ from tests.server.real import (
     QUICK,
     Server,
     ask,
+    end_group,
     free_port,
     is_running,
     serving,
+    wait_for,
     write_checkpoint,
 )
 from tests.world import World
@@ -69,6 +71,39 @@ def kill_engine(server: Server) -> None:
         time.sleep(0.05)
     assert refusals[-1] == (503, "2", {"error"})
     server.wait_until(lambda: not any(is_running(pid) for pid in workers))
+
+
+def test_vllm_started_by_hand_serves_adapters_with_the_gateway_as_its_middleware(world: World, tmp_path: Path) -> None:
+    """Without VLLM_ALLOW_RUNTIME_LORA_UPDATING, so without vLLM's own routes for adapters."""
+    write_checkpoint(tmp_path / "runs" / "sql", world.adapters[0], 5)
+    port = free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(world.base),
+        "--served-model-name", "base", "--port", str(port), "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8",
+        "--enforce-eager", "--distributed-executor-backend", "uni", "--middleware", "lorakit.server.Gateway",
+        *ENGINE_FLAGS,
+    ]  # fmt: skip
+    variables = {
+        **os.environ, **QUICK, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "LORAKIT_HOME": str(tmp_path / "home"), "LORAKIT_WATCH": str(tmp_path / "runs"),
+    }  # fmt: skip
+    log = tmp_path / "vllm.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, env=variables, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            wait_for(client, "/ready", process, log)
+            assert ask(client, "sql").agrees_with(world.cold_answer(0, PROMPTS[0]))
+            write_checkpoint(tmp_path / "runs" / "sql", world.adapters[1], 6)
+            ends = time.monotonic() + 30
+            while "step-6-" not in str(ask(client, "sql").revision) and time.monotonic() < ends:
+                time.sleep(0.1)
+            assert ask(client, "sql").agrees_with(world.cold_answer(1, PROMPTS[0]))
+            assert ask(client, "base").agrees_with(world.cold_answer(None, PROMPTS[0]))
+    finally:
+        process.terminate()
+        process.wait(30)
+        end_group(process)
 
 
 def run_serve(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
