@@ -26,7 +26,7 @@ from lorakit.server.residency import NoSlot, Resident
 from lorakit.server.settings import Settings, from_environment
 from lorakit.store.catalog import Revision
 
-# What asks for a model by name in a JSON body.
+# What has to name a model in its JSON body; elsewhere it may, and what names none is handed on as it is.
 WITH_MODEL = frozenset(
     {
         "/v1/completions", "/v1/completions/render", "/v1/chat/completions", "/v1/chat/completions/batch",
@@ -35,8 +35,8 @@ WITH_MODEL = frozenset(
         "/score", "/rerank", "/v2/rerank", "/generative_scoring", "/inference/v1/generate", "/v1/systemone",
     }
 )  # fmt: skip
-# The same, but the model may be left out, and the base is meant.
-MAY_HAVE_MODEL = frozenset({"/tokenize", "/detokenize"})
+# The same, but the base is meant where none is named.
+BASE_IF_NONE = frozenset({"/tokenize", "/detokenize"})
 # vLLM's other ways to load adapters or to reach a model by a path: they would go around all that is promised here.
 CLOSED = ("/adapters", "/invocations", "/scale_elastic_ep")
 OPEN_TO_ALL = ("/health", "/ready", "/ping", "/version", "/docs", "/redoc", "/openapi.json")
@@ -103,10 +103,7 @@ class Gateway:
         await self.begin(engine, settings)
         self._supervised = supervised(settings.drain)
         if self._supervised is not None:
-            self._tasks.append(asyncio.create_task(self._supervised.run(self._app_with(app), self)))
-
-    def _app_with(self, app: Any) -> ASGIApp:
-        return app  # type: ignore[no-any-return]  # vLLM's FastAPI app, with this middleware outermost
+            self._tasks.append(asyncio.create_task(self._supervised.run(app, self)))
 
     async def begin(self, engine: Engine, settings: Settings) -> None:
         """Start to serve on an engine that answers."""
@@ -148,8 +145,8 @@ class Gateway:
             await error_response(404, "NotFoundError", f"lorakit does not serve {path}", None)(scope, receive, send)
         elif path in OWN or path.startswith(("/v1/adapters/", "/v1/models/")):
             await self._routes(scope, receive, send)
-        elif scope["method"] == "POST" and (path in WITH_MODEL or path in MAY_HAVE_MODEL):
-            await self._ask(scope, receive, send, required=path in WITH_MODEL)
+        elif scope["method"] == "POST" and (path in WITH_MODEL or _is_json(scope)):
+            await self._ask(scope, receive, send, path)
         else:
             await self._reconciler.engine.answer(scope, receive, send)
 
@@ -159,7 +156,7 @@ class Gateway:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return hmac.compare_digest(given, f"Bearer {self._key}".encode())
 
-    async def _ask(self, scope: Scope, receive: Receive, send: Send, *, required: bool) -> None:
+    async def _ask(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
         """A request for a model: find the revision, count it in, hand the request on under the engine's name."""
         body = await _read_body(receive)
         if body is None:
@@ -169,12 +166,14 @@ class Gateway:
             return
         try:
             request = json.loads(body)
-            json.dumps(request)  # what nests deeply may be read, but not written
         except (ValueError, RecursionError):
             await error_response(400, "BadRequestError", "the body is no JSON", None)(scope, receive, send)
             return
         model = request.get("model") if isinstance(request, dict) else None
-        if isinstance(request, dict) and model is None and not required:
+        if model is None and path not in WITH_MODEL and path not in BASE_IF_NONE:
+            await self.reconciler.engine.answer(scope, _replayed(body, receive), send)
+            return
+        if model is None and isinstance(request, dict) and path in BASE_IF_NONE:
             model = self.reconciler.engine.limits.base
         if not isinstance(model, str) or not model:
             await error_response(
@@ -221,7 +220,11 @@ class Gateway:
         base = self.reconciler.engine.limits.base
         name = revision.name if revision else base
         request["model"] = resident.engine_name if resident else base
-        raw = json.dumps(request).encode()
+        try:
+            raw = json.dumps(request).encode()
+        except RecursionError:  # what nests deeply may be read, but not written
+            await error_response(400, "BadRequestError", "the body nests too deeply", None)(scope, receive, send)
+            return
         headers = [
             (key, value) for key, value in scope["headers"] if key not in (b"content-length", b"transfer-encoding")
         ]
@@ -234,6 +237,11 @@ OWN = frozenset(
     {"/ready", "/v1/models", "/v1/adapters", "/v1/events", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
      "/openapi.json"}
 )  # fmt: skip
+
+
+def _is_json(scope: Scope) -> bool:
+    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    return kind.partition(b";")[0].strip().lower() == b"application/json"
 
 
 async def _read_body(receive: Receive) -> bytes | None:

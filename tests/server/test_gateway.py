@@ -406,6 +406,15 @@ async def test_without_a_model_tokenize_means_the_base(tmp_path: Path, numbers: 
         assert_openai_error(await served.client.post("/tokenize", json={"model": "nobody", "prompt": "a"}), 404)
 
 
+async def test_a_route_that_nobody_knows_yet_reaches_a_model_through_the_gateway_alone(
+    tmp_path: Path, numbers: Path
+) -> None:
+    async with serving(tmp_path, numbers) as served:
+        assert_openai_error(await served.client.post("/v1/of-tomorrow", json={"model": "nobody"}), 404)
+        assert_openai_error(await served.client.post("/v1/of-tomorrow", json={"model": "/etc"}), 404)
+        assert (await served.client.post("/v1/of-tomorrow", json={"x": 1})).json() == {"detail": "Not Found"}
+
+
 async def test_what_is_not_lorakits_goes_to_the_engine(tmp_path: Path, numbers: Path) -> None:
     async with serving(tmp_path, numbers) as served:
         assert (await served.client.get("/metrics")).json() == {"detail": "Not Found"}
