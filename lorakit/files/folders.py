@@ -21,8 +21,6 @@ FileState = tuple[int, int, int]
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write into; synced and renamed to `target` at the end, removed after an error.
 
-    It is locked while its writer lives, so what a killed writer left behind is known, and cleared by the next one.
-
     Raises:
         Conflict: `target` exists, before anything is written or when the folder is to take its place.
     """
@@ -30,20 +28,42 @@ def whole_folder(target: Path) -> Iterator[Path]:
     with disk_errors_named(target):
         made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        clear_abandoned(target.parent, f".{target.name}.tmp-")
-        folder, lock = _locked_folder(target)
         try:
-            yield folder
-            sync_tree(folder)
-            refuse_existing(target)
-            folder.rename(target)
-            sync_folder(target.parent)
+            with temporary_folder(target.parent, f".{target.name}.tmp-") as folder:
+                yield folder
+                sync_tree(folder)
+                refuse_existing(target)
+                folder.rename(target)
+                sync_folder(target.parent)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
             _remove_empty(made)
             raise
-        finally:
-            os.close(lock)
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str, mode: int = 0o777) -> Iterator[Path]:
+    """A new folder, gone at the end unless it was renamed away.
+
+    It is locked while its maker lives, so what a killed one left behind is known, and cleared by the next.
+    """
+    clear_abandoned(parent, prefix)
+    folder, lock = _locked_folder(parent, prefix, mode)
+    try:
+        yield folder
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
+    while True:
+        folder = parent / f"{prefix}{uuid.uuid4().hex[:12]}"
+        folder.mkdir(mode)
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return folder, lock
+        os.close(lock)  # another process took it for abandoned before it was locked
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -52,17 +72,6 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
         except OSError:  # another writer has something in it
             return
-
-
-def _locked_folder(target: Path) -> tuple[Path, int]:
-    while True:
-        folder = target.parent / f".{target.name}.tmp-{uuid.uuid4().hex[:12]}"
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:
-            return folder, lock
-        os.close(lock)  # another process took it for abandoned before it was locked
 
 
 def refuse_existing(target: Path) -> None:

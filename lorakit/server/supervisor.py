@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,20 +18,20 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from starlette.types import Receive, Scope, Send
 
 from lorakit.errors import Conflict, EngineFailed, UsageError
-from lorakit.files.folders import clear_abandoned
+from lorakit.files.folders import temporary_folder
 from lorakit.server.answers import unavailable
 from lorakit.server.listener import CONTROL_FD, LISTEN_FD, QuietServer, public_server, say, words
 
 SILENT = 15.0  # seconds without a sign of life, after which requests are answered here
 HUNG = 60.0  # the same, after which the engine is ended and started again
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-RUNTIME_PREFIX = "lorakit-run-"
+RUNTIME_PREFIX = "lorakit-run-"  # of a private folder for sockets, whose paths have to be short
 _LAST_LINES = 40
 
 Command = Callable[[str], tuple[list[str], dict[str, str]]]  # from a private socket's path: arguments, variables
@@ -63,21 +61,6 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-@contextlib.contextmanager
-def runtime_folder() -> Iterator[Path]:
-    """A private folder for sockets, short enough for one; those of supervisors that were killed are cleared away."""
-    parent = Path(tempfile.gettempdir())
-    clear_abandoned(parent, RUNTIME_PREFIX)
-    folder = Path(tempfile.mkdtemp(prefix=RUNTIME_PREFIX, dir=parent))
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
-    finally:
-        os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class Supervisor:
     """Runs one engine until it is told to stop. `phase_of` reads what the engine is doing from a line of its log."""
 
@@ -105,7 +88,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop, number)
         was_up, failures, starts = False, 0, 0
-        with runtime_folder() as runtime:
+        with temporary_folder(Path(tempfile.gettempdir()), RUNTIME_PREFIX, 0o700) as runtime:
             try:
                 while not self._stopping.is_set():
                     await self._answer_here()

@@ -20,7 +20,7 @@ from typing import Any
 
 from lorakit.errors import Incomplete, LorakitError, Refused, disk_errors_named
 from lorakit.files.digests import folder_digest
-from lorakit.files.folders import clear_abandoned, sync_folder, sync_tree
+from lorakit.files.folders import clear_abandoned, sync_folder, sync_tree, temporary_folder
 from lorakit.files.provenance import FILE as PROVENANCE
 from lorakit.store.catalog import Facts, Finish, Label, Revision, Run, attempt_of
 from lorakit.store.names import revision_name
@@ -135,25 +135,8 @@ class Store:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A folder to prepare a revision in; gone at the end unless `keep` took it."""
-        with disk_errors_named(self.home / "tmp"):
-            folder, lock = self._locked_stage()
-            try:
-                yield folder
-            finally:
-                os.close(lock)
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _locked_stage(self) -> tuple[Path, int]:
-        import fcntl
-
-        while True:
-            folder = self.home / "tmp" / f"stage-{uuid.uuid4().hex}"
-            folder.mkdir()
-            lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock).st_nlink:
-                return folder, lock
-            os.close(lock)  # another server took it for abandoned before it was locked
+        with disk_errors_named(self.home / "tmp"), temporary_folder(self.home / "tmp", "stage-") as folder:
+            yield folder
 
     def keep(self, staged: Path) -> tuple[str, Path, int]:
         """Move a staged folder into its place, read-only: digest, folder and size in bytes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from lorakit.files.folders import (
     free_bytes,
     read_json,
     refuse_existing,
+    temporary_folder,
     whole_folder,
     write_json,
 )
@@ -140,3 +142,12 @@ def test_free_space_is_asked_where_a_folder_would_be(tmp_path: Path) -> None:
 def test_a_file_that_went_away_has_no_state(tmp_path: Path) -> None:
     with pytest.raises(LorakitError, match="went away"):
         file_state(tmp_path / "gone")
+
+
+def test_what_a_killed_maker_left_is_cleared_and_what_a_living_one_uses_is_not(tmp_path: Path) -> None:
+    (tmp_path / "mine-dead").mkdir()
+    (tmp_path / "theirs").mkdir()
+    with temporary_folder(tmp_path, "mine-") as first, temporary_folder(tmp_path, "mine-", 0o700) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second, tmp_path / "theirs"])
+        assert stat.S_IMODE(second.stat().st_mode) == 0o700
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from lorakit.errors import Conflict, UsageError
-from lorakit.server.supervisor import RUNTIME_PREFIX, listen, runtime_folder
+from lorakit.server.supervisor import listen
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,13 +253,3 @@ def test_a_port_that_is_taken_says_so() -> None:
 def test_an_address_that_is_not_here_says_so(host: str) -> None:
     with pytest.raises(UsageError):
         listen(host, 0)
-
-
-def test_what_a_killed_supervisor_left_is_cleared_and_what_a_living_one_uses_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / f"{RUNTIME_PREFIX}dead").mkdir()
-    with runtime_folder() as first, runtime_folder() as second:
-        assert sorted(tmp_path.iterdir()) == sorted([first, second])
-    assert not list(tmp_path.iterdir())
