@@ -91,7 +91,8 @@ def _parse(file: Path, raw: bytes, size: int) -> Header:
         raise InvalidFile(f"'{file}' has a header that can't be parsed: {error}") from None
     if not isinstance(entries, dict):
         raise InvalidFile(f"'{file}' has a header that is no JSON object")
-    metadata = entries.pop("__metadata__", {}) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise InvalidFile(f"'{file}' has metadata that does not map text to text")
     data_start = 8 + len(raw)
