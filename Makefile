@@ -36,7 +36,7 @@ test: setup
 	@$(OFFLINE) $(PY) -m pytest -m 'not slow'
 
 test-all: setup
-	@$(OFFLINE) $(PY) -m pytest
+	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest
 
 lint: setup
 	@$(VENV)/bin/ruff check .

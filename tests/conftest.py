@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # No test may reach the network; set before any library looks.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,9 +15,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["LORAKIT_HOME"] = os.path.join(tempfile.gettempdir(), "lorakit-tests-have-no-store")
 
 # The same examples each time, so that a run says something of the change and nothing of luck; HYPOTHESIS_PROFILE=search
-# looks for new ones.
-settings.register_profile("same", derandomize=True, deadline=None)
-settings.register_profile("search", deadline=None, max_examples=1000)
+# looks for new ones. Nothing depends on how fast the machine is, and one folder serves all examples of a test.
+CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("same", derandomize=True, **CALM)
+settings.register_profile("search", max_examples=1000, **CALM)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 pytest_plugins = ["tests.world"]

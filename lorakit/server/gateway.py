@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import json
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -112,6 +113,9 @@ class Gateway:
         from lorakit.store.store import Store
 
         log_to_stderr()
+        # A busy event loop gives the interpreter away after 5 ms, and a thread that touches the disk asks for it after
+        # each call: at that rate a checkpoint would take seconds to come in.
+        sys.setswitchinterval(min(sys.getswitchinterval(), 0.0005))
         if wrong := await engine.try_out(engine.limits.base):  # the first request pays for what is compiled lazily
             raise EngineFailed(f"the base does not answer: {wrong}")
         base = await asyncio.to_thread(read_base, engine.limits.base_path)

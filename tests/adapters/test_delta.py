@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -34,7 +34,7 @@ def delta_and_dense(
     return Delta(tuple(terms), kind), dense.T if kind == "embedding" else dense
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     kind=st.sampled_from(["linear", "embedding"]),

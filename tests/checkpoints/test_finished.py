@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.checkpoints.finished import MARKERS, is_adapter, look_at
@@ -77,7 +77,7 @@ def test_the_trainers_order_is_unfinished_at_every_file_but_the_last(done: Path,
     assert state(folder) == "finished"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_order_of_writing_is_finished_before_weights_config_and_the_last_file_are_whole(
     done: Path, data: st.DataObject

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lorakit.errors import InvalidFile, NotFound
 from lorakit.files.safetensors import DTYPE_BITS, planned_header, read_header
-
-ONE_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -107,14 +105,12 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@ONE_FOLDER
 @given(st.binary(max_size=64))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     read_or_refused(tmp_path / "x")
 
 
-@ONE_FOLDER
 @given(st.dictionaries(st.text(max_size=4) | st.just("__metadata__"), ENTRIES | JSON, max_size=4), st.integers(0, 40))
 def test_any_header_is_read_or_refused_and_never_taken_where_the_reference_refuses(
     tmp_path: Path, header: dict[str, Any], size: int
@@ -128,7 +124,6 @@ def test_any_header_is_read_or_refused_and_never_taken_where_the_reference_refus
             raise AssertionError(f"the reference refuses it: {error}") from None
 
 
-@ONE_FOLDER
 @given(st.data())
 def test_a_changed_byte_or_a_cut_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     good = raw({"a": entry(0, 4), "b": entry(4, 8, [2], "F16")}, b"12345678")
@@ -145,7 +140,6 @@ PLANS = st.dictionaries(
 )
 
 
-@ONE_FOLDER
 @given(PLANS, st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2))
 def test_a_planned_header_is_what_is_read_back(
     tmp_path: Path, plan: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]

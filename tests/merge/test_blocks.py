@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -34,7 +34,7 @@ def written(folder: Path, computed: ComputeTensor) -> bytes:
     return out.read_bytes()[computed.target.start :]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     rows=SIDES, columns=SIDES, ranks=st.lists(st.integers(1, 70), min_size=1, max_size=3), dtype=DTYPES,
     elements=st.integers(1, 60_000), transposed=st.booleans(), factor=st.floats(-4, 4), seed=st.integers(0, 9),

@@ -43,7 +43,7 @@ def test_each_tensor_is_copied_or_computed_once(tmp_path: Path) -> None:
     assert len({placed.tensor for placed in plan.placements}) == 2 * len(linear_modules())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), shards=st.integers(1, 4), strict=st.booleans())
 def test_each_adapter_tensor_is_used_once_or_the_merge_refuses(data: st.DataObject, shards: int, strict: bool) -> None:
     there, foreign = linear_modules(), {"model.layers.9.mlp.up_proj": (12, 8), "other": (8, 8)}

@@ -241,7 +241,7 @@ class Served:
         assert answer.json()["model"] == answer.headers["x-lorakit-revision"]
         return str(answer.headers["x-lorakit-revision"])
 
-    async def until(self, condition: Any, seconds: float = 30.0) -> Any:
+    async def until(self, condition: Any, seconds: float = 60.0) -> Any:
         """Ask again until there is an answer that counts."""
         async with asyncio.timeout(seconds):
             while True:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.errors import EngineFailed
@@ -138,7 +138,7 @@ async def test_a_model_that_does_not_exist_is_never_a_500(tmp_path: Path, number
         assert not served.engine.asked
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(models=st.lists(st.one_of(st.text(), st.from_regex(r"sql@[a-z0-9-]{0,12}"), st.none(), st.floats())))
 def test_no_model_field_makes_the_gateway_fail(tmp_path: Path, numbers: Path, models: list[Any]) -> None:
     async def play() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.server.engine import LoadFailed
@@ -218,7 +218,7 @@ async def test_a_slot_is_not_waited_for_longer_than_told(numbers: Path, folders:
 Step = st.tuples(st.sampled_from("abcde"), st.integers(0, 6), st.sampled_from(["ask", "ask", "ask", "leave"]))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(steps=st.lists(Step, max_size=25), slots=st.integers(1, 3))
 def test_whatever_is_asked_in_whatever_order_the_engine_gets_what_it_relies_on(
     numbers: Path, folders: dict[str, Path], steps: list[tuple[str, int, str]], slots: int
