@@ -25,10 +25,15 @@ def hub_folder(reference: str, *, what: str, patterns: Sequence[str]) -> Path:
     if not looks_like_hub_id(reference):
         raise NotFound(f"there is no {what} folder '{reference}'")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     name, _, revision = reference.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+    except RepositoryNotFoundError:
+        reason = "it has none of that name, or none that you may read"
+    except LocalEntryNotFoundError:
+        reason = "it can't be reached, and nothing of that name is in the cache"
     except (OSError, ValueError) as error:  # every error of huggingface_hub is one of the two
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotFound(f"there is no {what} '{reference}': no such folder, and from the hub: {reason}") from None
+    raise NotFound(f"there is no {what} '{reference}': no such folder; the hub: {reason}")

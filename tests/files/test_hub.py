@@ -21,5 +21,5 @@ def test_folders(name: str) -> None:
 
 
 def test_a_hub_that_can_not_be_reached_is_said() -> None:
-    with pytest.raises(NotFound, match="there is no base 'org/model': no such folder, and from the hub: "):
+    with pytest.raises(NotFound, match="there is no base 'org/model': no such folder; the hub: it can't be reached"):
         hub_folder("org/model", what="base", patterns=["*"])
