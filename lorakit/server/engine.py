@@ -55,5 +55,11 @@ class Engine(Protocol):
     def model_card(self) -> dict[str, Any]:
         """The base as `/v1/models` shows it."""
 
+    def serves(self, path: str) -> bool:
+        """Whether it has this route: a model that writes text has none for embeddings."""
+
+    def goes_around(self, path: str) -> bool:
+        """Whether a route of its own loads adapters, or reaches models, past the gateway."""
+
     async def describe(self) -> dict[str, Any]:
         """The engine's own OpenAPI description; empty when it has none."""

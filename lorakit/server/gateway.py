@@ -38,8 +38,6 @@ WITH_MODEL = frozenset(
 )  # fmt: skip
 # The same, but the base is meant where none is named.
 BASE_IF_NONE = frozenset({"/tokenize", "/detokenize"})
-# vLLM's other ways to load adapters or to reach a model by a path: they would go around all that is promised here.
-CLOSED = ("/adapters", "/invocations", "/scale_elastic_ep")
 OPEN_TO_ALL = ("/health", "/ready", "/ping", "/version", "/docs", "/redoc", "/openapi.json")
 REVISION_HEADER = b"x-lorakit-revision"
 MAX_BODY = 256 * 2**20  # bytes
@@ -145,10 +143,14 @@ class Gateway:
             )
         elif self._reconciler is None or self._routes is None or not await self._reconciler.engine.alive():
             await unavailable("the engine does not answer")(scope, receive, send)
-        elif path.startswith(CLOSED):
+        elif self._reconciler.engine.goes_around(path):
             await error_response(404, "NotFoundError", f"lorakit does not serve {path}", None)(scope, receive, send)
         elif path in OWN or path.startswith(("/v1/adapters/", "/v1/models/")):
             await self._routes(scope, receive, send)
+        elif path in WITH_MODEL and not self._reconciler.engine.serves(path):
+            await error_response(404, "NotFoundError", f"the base that is served here has no {path}", None)(
+                scope, receive, send
+            )
         elif scope["method"] == "POST" and (path in WITH_MODEL or _is_json(scope)):
             await self._ask(scope, receive, send, path)
         else:

@@ -204,7 +204,7 @@ async def openapi(request: Request, known: Known) -> dict[str, Any]:
     """The engine's own description with lorakit's routes in it, for `/docs`."""
     own: dict[str, Any] = request.app.openapi()
     theirs = await known.engine.describe()
-    if not theirs:
+    if not theirs.get("paths"):
         return own
     schemas = {
         **theirs.get("components", {}).get("schemas", {}),

@@ -27,6 +27,9 @@ SPARE_SLOT_UNTIL = (0, 33)  # before it, a CPU gives base rows the adapter of th
 PATTERNS_SINCE = (0, 32)  # before it, rank_pattern and alpha_pattern are ignored
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+# SageMaker's names for loading adapters and for asking a model, which no key of vLLM's guards; and a restart in place.
+WAYS_AROUND = ("/adapters", "/invocations", "/scale_elastic_ep")
+
 # What lorakit itself decides; a value of the user's would undo it.
 OWN_FLAGS = {
     "--model": "give it as BASE", "--host": "use --host", "--port": "use --port", "--uds": "use --host and --port",
@@ -197,9 +200,7 @@ class InsideEngine:
             honours_patterns=version >= PATTERNS_SINCE,
         )
         self._card: dict[str, Any] = {}
-        paths = {getattr(route, "path", "") for route in app.routes}
-        self._can_complete = "/v1/completions" in paths
-        self._has_route = "/v1/load_lora_adapter" in paths  # only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
+        self._paths = {getattr(route, "path", "") for route in app.routes}
 
     @property
     def limits(self) -> Limits:
@@ -222,7 +223,7 @@ class InsideEngine:
     async def _adapters(self, verb: str, asked: dict[str, Any]) -> str | None:
         """`load` or `unload`: None, or why not. Through vLLM's route, or what stands behind it where that was not
         switched on."""
-        if self._has_route:
+        if self.serves(f"/v1/{verb}_lora_adapter"):  # only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
             status, body = await self.call("POST", f"/v1/{verb}_lora_adapter", asked)
             return None if status == 200 else _message(body)
         handler = getattr(self._models, f"{verb}_lora_adapter")
@@ -237,7 +238,7 @@ class InsideEngine:
             await self._client.remove_lora(leaked)
 
     async def try_out(self, name: str) -> str | None:
-        if not self._can_complete:
+        if not self.serves("/v1/completions"):
             return None
         asked = {"model": name, "prompt": "a", "max_tokens": 1, "temperature": 0, "logprobs": 1}
         try:
@@ -269,9 +270,17 @@ class InsideEngine:
     def model_card(self) -> dict[str, Any]:
         return dict(self._card)
 
+    def serves(self, path: str) -> bool:
+        return path in self._paths
+
+    def goes_around(self, path: str) -> bool:
+        return path.startswith(WAYS_AROUND)
+
     async def describe(self) -> dict[str, Any]:
         status, body = await self.call("GET", "/openapi.json", None)
-        return json.loads(body) if status == 200 else {}
+        told = json.loads(body) if status == 200 else {}
+        told["paths"] = {path: how for path, how in told.get("paths", {}).items() if not self.goes_around(path)}
+        return told
 
     async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """One of vLLM's own routes, in process: status and body."""

@@ -94,6 +94,12 @@ class FakeEngine:
     def model_card(self) -> dict[str, Any]:
         return {"id": "whatever", "object": "model", "owned_by": "fake", "max_model_len": 64}
 
+    def serves(self, path: str) -> bool:
+        return path != "/v1/embeddings"
+
+    def goes_around(self, path: str) -> bool:
+        return path.startswith(("/adapters", "/invocations"))
+
     async def describe(self) -> dict[str, Any]:
         return {"openapi": "3.1.0", "info": {"title": "fake", "version": "1"}, "paths": {"/v1/completions": {}}}
 

@@ -415,6 +415,13 @@ async def test_a_route_that_nobody_knows_yet_reaches_a_model_through_the_gateway
         assert (await served.client.post("/v1/of-tomorrow", json={"x": 1})).json() == {"detail": "Not Found"}
 
 
+async def test_a_route_that_the_base_has_not_is_404_in_openais_shape(tmp_path: Path, numbers: Path) -> None:
+    async with serving(tmp_path, numbers) as served:
+        answer = await served.client.post("/v1/embeddings", json={"model": "numbers", "input": "a"})
+        assert_openai_error(answer, 404)
+        assert "/v1/embeddings" in answer.json()["error"]["message"]
+
+
 async def test_what_is_not_lorakits_goes_to_the_engine(tmp_path: Path, numbers: Path) -> None:
     async with serving(tmp_path, numbers) as served:
         assert (await served.client.get("/metrics")).json() == {"detail": "Not Found"}

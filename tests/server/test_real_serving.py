@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -281,3 +282,26 @@ def test_vllms_own_ways_around_the_gateway_are_closed(world: World, client: http
     assert client.post("/invocations", json={"model": path, "prompt": "x"}).status_code == 404
     assert client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path}).status_code == 400
     assert client.post("/v1/completions", json={"model": path, "prompt": "x"}).status_code == 404
+    described = client.get("/openapi.json").json()["paths"]
+    assert not [path for path in described if path.startswith(("/adapters", "/invocations"))]
+    assert {"/v1/adapters", "/v1/completions"} <= described.keys()
+
+
+def test_every_route_that_names_a_model_answers_as_the_revision(world: World, client: httpx.Client) -> None:
+    """Four runs, three slots: the second time round each was out of the engine, and is in again under another name."""
+    names = {run: put(world, run, number, 1) for number, run in enumerate(("one", "two", "three", "four"))}
+    for _ in range(2):
+        for run, revision in names.items():
+            for stream in (False, True):
+                messages = [{"role": "user", "content": "hi"}]
+                for path, asked in (
+                    ("/v1/chat/completions", {"messages": messages, "max_tokens": 2, "stream": stream}),
+                    ("/v1/responses", {"input": "hi", "max_output_tokens": 2, "stream": stream}),
+                    ("/v1/messages", {"messages": messages, "max_tokens": 2, "stream": stream}),
+                ):
+                    answer = client.post(path, json={"model": run, **asked})
+                    assert answer.headers["x-lorakit-revision"] == revision
+                    assert set(re.findall(r'"model": ?"([^"]*)"', answer.text)) == {revision}, path
+            assert client.post("/tokenize", json={"model": run, "prompt": "a"}).json()["count"] >= 1
+    refused = client.post("/v1/embeddings", json={"model": "one", "input": "a"})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (404, "NotFoundError")
