@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import numpy as np
 
 from lorakit.files.safetensors import Header, StoredTensor
+from lorakit.files.tensors import read_into
 
 # An IEEE number is infinite or NaN when all bits of its exponent are set.
 _EXPONENTS = {
@@ -16,7 +16,7 @@ _EXPONENTS = {
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
 }
-_BLOCK = 1 << 22  # numbers at a time
+_BLOCK = 1 << 24  # bytes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +28,30 @@ class Content:
 
 
 def look_at_numbers(header: Header) -> Content:
-    """Read every number of a file once, in blocks."""
+    """Read every number of a file once, in blocks.
+
+    Raises:
+        InvalidFile: the file became shorter since its header was read.
+    """
     all_zero = True
-    with header.file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    buffer = memoryview(bytearray(min(_BLOCK, header.size)))
+    # Read, not mapped: a map of a file that its trainer cuts short would end this process.
+    with header.file.open("rb") as stream:
         for stored in header.tensors.values():
-            finite, zero = _look(data, stored)
+            finite, zero = _look(stream.fileno(), stored, buffer)
             all_zero = all_zero and zero
             if not finite:
                 return Content(stored.name, False)
     return Content(None, all_zero)
 
 
-def _look(data: mmap.mmap, stored: StoredTensor) -> tuple[bool, bool]:
+def _look(reader: int, stored: StoredTensor, buffer: memoryview) -> tuple[bool, bool]:
     kind, exponent = _EXPONENTS.get(stored.dtype, (np.uint8, None))
-    size = np.dtype(kind).itemsize
     zero = True
-    for start in range(stored.start, stored.end, _BLOCK * size):
-        # copied: the numbers need not be aligned in the file, and a view would keep the map open
-        block = np.frombuffer(data[start : min(stored.end, start + _BLOCK * size)], dtype=kind)
+    for start in range(stored.start, stored.end, _BLOCK):
+        view = buffer[: min(_BLOCK, stored.end - start)]
+        read_into(reader, view, start, stored)
+        block = np.frombuffer(view, dtype=kind)
         zero = zero and not block.any()
         if exponent is not None and bool(((block & kind(exponent)) == kind(exponent)).any()):
             return False, zero

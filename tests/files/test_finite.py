@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorakit.errors import InvalidFile
 from lorakit.files.finite import look_at_numbers
 from lorakit.files.safetensors import read_header
 
@@ -37,3 +39,11 @@ def test_zeros_are_known(tmp_path: Path) -> None:
     assert look_at_numbers(read_header(tmp_path / "x")).all_zero
     save_file({"x": torch.zeros(5), "y": torch.ones(1)}, tmp_path / "y")
     assert not look_at_numbers(read_header(tmp_path / "y")).all_zero
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_refused_and_ends_nothing(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(10_000)}, tmp_path / "x")
+    header = read_header(tmp_path / "x")
+    os.truncate(tmp_path / "x", header.data_start + 8)
+    with pytest.raises(InvalidFile, match="became shorter"):
+        look_at_numbers(header)
