@@ -16,6 +16,7 @@ from lorakit.adapters.keys import factor_name, parse_key
 from lorakit.files.safetensors import StoredTensor
 from lorakit.files.tensors import FLOATS, same_bytes
 from lorakit.merge.base import BaseModel
+from lorakit.merge.plan import is_transposed
 from lorakit.merge.resolve import Resolver, copied_from_base
 
 
@@ -91,7 +92,7 @@ def _placed(deltas: Mapping[str, Delta], base: BaseModel) -> tuple[dict[str, str
             continue
         if found != f"{module}.weight":
             rename[module] = found.removesuffix(".weight")
-        if not base.quantised and not _fits(delta, base.tensors[found], base.model_type):
+        if not base.quantised and not _fits(delta, base.tensors[found], base):
             problems.append(
                 f"'{module}' is for a weight {list(delta.shape)}, the base's '{found}' is "
                 f"{list(base.tensors[found].shape)}: the adapter was made for another base"
@@ -107,14 +108,8 @@ def _placed(deltas: Mapping[str, Delta], base: BaseModel) -> tuple[dict[str, str
     return rename, problems
 
 
-def _fits(delta: Delta, weight: StoredTensor, model_type: str) -> bool:
-    if delta.shape == weight.shape:
-        return True
-    return model_type in TRANSPOSED and delta.shape == weight.shape[::-1]
-
-
-# Models whose linear layers are transformers' Conv1D, stored (in, out).
-TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+def _fits(delta: Delta, weight: StoredTensor, base: BaseModel) -> bool:
+    return weight.shape == (delta.shape[::-1] if is_transposed(weight.name, base) else delta.shape)
 
 
 def _repairs(adapter: Adapter, rename: Mapping[str, str]) -> list[str]:

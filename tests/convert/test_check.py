@@ -145,3 +145,20 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path, base: BaseModel) -> No
 def test_the_whole_adapter_is_checked_against_a_sharded_base(tmp_path: Path) -> None:
     base = read_base(write_base(tmp_path / "base", shards=3))
     assert verdict(tmp_path, base, factors(linear_modules())) == Verdict()
+
+
+def test_a_conv1d_of_gpt2_is_stored_the_other_way_round_and_its_embedding_is_not(tmp_path: Path) -> None:
+    tensors = {
+        "transformer.h.0.attn.c_attn.weight": np.ones((8, 24), "float32"),
+        "transformer.lm_head.weight": np.ones((16, 8), "float32"),
+    }
+    base = read_base(write_base(tmp_path / "gpt2", tensors, model_type="gpt2"))
+
+    def problems(module: str, out: int, into: int) -> tuple[str, ...]:
+        folder = tmp_path / f"{module}-{out}"
+        return check_adapter(load_adapter(write_adapter(folder, factors({module: (out, into)}))), base).problems
+
+    assert not problems("transformer.h.0.attn.c_attn", 24, 8)
+    assert not problems("transformer.lm_head", 16, 8)
+    assert "made for another base" in problems("transformer.h.0.attn.c_attn", 8, 24)[0]
+    assert "made for another base" in problems("transformer.lm_head", 8, 16)[0]
