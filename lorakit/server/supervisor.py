@@ -61,6 +61,12 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def _place_for_sockets() -> Path:
+    """The folder for temporary files, unless its name leaves no room in a socket's path, which may have 108 bytes."""
+    named = tempfile.gettempdir()
+    return Path(named if len(os.fsencode(named)) <= 70 else "/tmp")
+
+
 class Supervisor:
     """Runs one engine until it is told to stop. `phase_of` reads what the engine is doing from a line of its log."""
 
@@ -88,7 +94,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop, number)
         was_up, failures, starts = False, 0, 0
-        with temporary_folder(Path(tempfile.gettempdir()), RUNTIME_PREFIX, 0o700) as runtime:
+        with temporary_folder(_place_for_sockets(), RUNTIME_PREFIX, 0o700) as runtime:
             try:
                 while not self._stopping.is_set():
                     await self._answer_here()
