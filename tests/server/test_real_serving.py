@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.readme import blocks
-from tests.server.real import PROMPTS, Answer, answer_of, ask, make_random_adapter, write_checkpoint
+from tests.server.real import PROMPTS, Answer, Server, answer_of, ask, make_random_adapter, serving, write_checkpoint
 from tests.world import SLOTS, World
 
 pytestmark = pytest.mark.timeout(240)
@@ -50,13 +50,13 @@ def assert_cold(world: World, client: httpx.Client, model: str, adapter: int | N
 
 
 @contextmanager
-def load_on(world: World, *models: str, clients: int = 4) -> Iterator[list[tuple[str, str, Answer | str]]]:
+def load_on(server: Server, *models: str, clients: int = 4) -> Iterator[list[tuple[str, str, Answer | str]]]:
     """Clients that ask without a pause, streaming and not: (model, prompt, answer, or what went wrong)."""
     seen: list[tuple[str, str, Answer | str]] = []
     ends = threading.Event()
 
     def keep_asking(number: int) -> None:
-        with world.server.client() as client:
+        with server.client() as client:
             turn = number
             while not ends.is_set():
                 model, prompt = models[turn % len(models)], PROMPTS[turn % len(PROMPTS)]
@@ -110,7 +110,7 @@ def test_a_checkpoint_written_under_load_is_served_and_no_request_fails_or_is_mi
     world: World, client: httpx.Client
 ) -> None:
     which = {put(world, "busy", 0, 1): 0}
-    with load_on(world, "busy", "base", "busy@latest") as seen:
+    with load_on(world.server, "busy", "base", "busy@latest") as seen:
         for step, adapter in ((2, 1), (3, 2), (4, 3), (5, 0)):
             which[put(world, "busy", adapter, step)] = adapter
             assert_cold(world, client, "busy", adapter)
@@ -154,7 +154,7 @@ def test_more_adapters_than_slots_all_answer_right_and_the_base_stays_the_base(
     world: World, client: httpx.Client
 ) -> None:
     which = {put(world, "many", number, number + 1): number for number in range(len(world.adapters))}
-    with load_on(world, *which, "base") as seen:
+    with load_on(world.server, *which, "base") as seen:
         world.server.wait_until(lambda: len(seen) > 60)
     for model, prompt, answer in seen:
         assert isinstance(answer, Answer), answer
@@ -261,7 +261,7 @@ def test_patterns_and_raw_names_are_repaired_as_they_enter_the_store(
 
 def test_unloading_forgets_a_name_and_frees_its_slot(world: World, client: httpx.Client) -> None:
     put(world, "brief", 4, 1)
-    with load_on(world, "brief") as seen:
+    with load_on(world.server, "brief") as seen:
         world.server.wait_until(lambda: len(seen) > 10)
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "brief"}).status_code == 200
     answered = [answer for _, _, answer in seen if isinstance(answer, Answer)]
@@ -305,3 +305,26 @@ def test_every_route_that_names_a_model_answers_as_the_revision(world: World, cl
             assert client.post("/tokenize", json={"model": run, "prompt": "a"}).json()["count"] >= 1
     refused = client.post("/v1/embeddings", json={"model": "one", "input": "a"})
     assert (refused.status_code, refused.json()["error"]["type"]) == (404, "NotFoundError")
+
+
+def test_in_one_slot_two_runs_and_the_base_take_turns_and_a_new_checkpoint_gets_its_own(
+    world: World, tmp_path: Path
+) -> None:
+    watched = tmp_path / "runs"
+    for run, adapter in (("x", 0), ("y", 1)):
+        write_checkpoint(watched / run, world.adapters[adapter], 1)
+    flags = ("--watch", str(watched), "--max-loras", "1", "--max-lora-rank", "8")
+    with serving(world.base, tmp_path / "home", tmp_path / "serve.log", *flags) as server:
+        which = {server.adapter("x")["revision"]: 0, server.adapter("y")["revision"]: 1, "base": None}
+        with load_on(server, "x", "y", "base") as seen:
+            server.wait_until(lambda: len(seen) > 60)
+            write_checkpoint(watched / "x", world.adapters[2], 2)
+            before = set(which)
+            new = server.wait_until(lambda: server.adapter("x")["revision"] not in before and server.adapter("x"))
+            which[new["revision"]] = 2
+            several = len(seen) + 60
+            server.wait_until(lambda: len(seen) > several)
+    for _, prompt, answer in seen:
+        assert isinstance(answer, Answer), answer
+        assert answer.agrees_with(world.cold_answer(which[str(answer.revision)], prompt))
+    assert {answer.revision for _, _, answer in seen if isinstance(answer, Answer)} == set(which)
