@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.config import beyond_plain_lora
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.keys import factor_name, parse_key
+from lorakit.adapters.keys import factor_name, is_base_copy, parse_key
 from lorakit.files.safetensors import StoredTensor
-from lorakit.files.tensors import FLOATS, same_bytes
+from lorakit.files.tensors import FLOATS
 from lorakit.merge.base import BaseModel
+from lorakit.merge.copies import equal_values
 from lorakit.merge.plan import is_transposed
 from lorakit.merge.resolve import Resolver, copied_from_base
 
@@ -34,12 +35,12 @@ class Verdict:
 
 def check_adapter(adapter: Adapter, base: BaseModel, *, max_rank: int | None = None) -> Verdict:
     """Judge an adapter by its config, its names and shapes, and the base's."""
-    config = adapter.config
+    features = beyond_plain_lora(adapter.config)
     problems = [
         f"vLLM serves no adapter with {feature}: merge it into its base (lorakit merge), and serve that"
-        for feature in beyond_plain_lora(config)
+        for feature in features
     ]
-    problems += _other_tensors(adapter, base)
+    problems += _other_tensors(adapter, base, explained=bool(features))
     if max_rank is not None and adapter.deltas and adapter.rank > max_rank:
         problems.append(
             f"it has rank {adapter.rank}, but this server was started with --max-lora-rank {max_rank}: "
@@ -53,23 +54,26 @@ def check_adapter(adapter: Adapter, base: BaseModel, *, max_rank: int | None = N
     return Verdict(tuple(problems), tuple(repairs), rename)
 
 
-def _other_tensors(adapter: Adapter, base: BaseModel) -> list[str]:
-    """What is no factor: PEFT's copy of the base's embedding is no news, anything else was trained."""
+def _other_tensors(adapter: Adapter, base: BaseModel, *, explained: bool) -> list[str]:
+    """What is no factor: PEFT's copy of the base's embedding is no news, anything else was trained.
+
+    `explained`: the config says already what those others are for.
+    """
     problems, rest = [], []
     resolver = Resolver(base.tensors)
     for stored in adapter.others:
         path = copied_from_base(stored.name)
         found = resolver.tensor_of(path) if path else None
-        if found is None or not stored.name.endswith(".base_layer.weight"):
+        if found is None or not is_base_copy(stored.name):
             rest.append(stored.name)
         elif stored.shape != base.tensors[found].shape:
             problems.append(
                 f"its copy of '{found}' is {list(stored.shape)}, the base's is {list(base.tensors[found].shape)}: "
                 f"the vocabulary was resized, so merge it into its base (lorakit merge), and serve that"
             )
-        elif not same_bytes(stored, base.tensors[found]):
+        elif not equal_values(stored, base.tensors[found]):
             problems.append(f"its copy of '{found}' differs from the base's: it was made for another base")
-    if rest and not beyond_plain_lora(adapter.config):
+    if rest and not explained:
         shown = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
         problems.append(f"it holds tensors that no LoRA has ({shown}): vLLM refuses it")
     return problems

@@ -20,14 +20,14 @@ def ensure_equal_copies(copies: Iterable[BaseCopy]) -> None:
         UnsupportedAdapter: the values differ, so they were trained, or the vocabulary was resized.
     """
     for copy in copies:
-        if not _equal(copy.stored, copy.base):
+        if not equal_values(copy.stored, copy.base):
             raise UnsupportedAdapter(
                 f"adapter '{copy.adapter}' holds '{copy.stored.name}' with other values than the base: it was trained "
                 f"or its vocabulary was resized, which can't be merged yet"
             )
 
 
-def _equal(stored: StoredTensor, base: StoredTensor) -> bool:
+def equal_values(stored: StoredTensor, base: StoredTensor) -> bool:
     """Equal bytes; where the dtypes differ, the base's values as the adapter's dtype holds them."""
     if stored.dtype == base.dtype:
         return same_bytes(stored, base)

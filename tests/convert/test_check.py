@@ -162,3 +162,13 @@ def test_a_conv1d_of_gpt2_is_stored_the_other_way_round_and_its_embedding_is_not
     assert not problems("transformer.lm_head", 16, 8)
     assert "made for another base" in problems("transformer.h.0.attn.c_attn", 8, 24)[0]
     assert "made for another base" in problems("transformer.lm_head", 8, 16)[0]
+
+
+def test_a_copy_of_the_bases_rows_in_another_dtype_is_still_a_copy(tmp_path: Path) -> None:
+    base = read_base(write_base(tmp_path / "half", base_tensors(dtype="float16")))
+    rows = base_tensors(dtype="float16")["model.embed_tokens.weight"].astype("float32")
+    copied = {"base_model.model.model.embed_tokens.base_layer.weight": rows}
+    assert verdict(tmp_path / "same", base, {**factors(linear_modules()), **copied}) == Verdict()
+    copied = {"base_model.model.model.embed_tokens.base_layer.weight": rows + 1}
+    other = verdict(tmp_path / "other", base, {**factors(linear_modules()), **copied})
+    assert "differs from the base's" in only(other)
