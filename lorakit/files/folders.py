@@ -56,14 +56,17 @@ def temporary_folder(parent: Path, prefix: str, mode: int = 0o777) -> Iterator[P
 
 
 def _locked_folder(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
-    while True:
+    while True:  # until it is locked before anybody takes it for abandoned
         folder = parent / f"{prefix}{uuid.uuid4().hex[:12]}"
         folder.mkdir(mode)
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:
+        if folder.is_dir():
             return folder, lock
-        os.close(lock)  # another process took it for abandoned before it was locked
+        os.close(lock)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

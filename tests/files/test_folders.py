@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,14 @@ def test_what_a_killed_maker_left_is_cleared_and_what_a_living_one_uses_is_not(t
         assert sorted(tmp_path.iterdir()) == sorted([first, second, tmp_path / "theirs"])
         assert stat.S_IMODE(second.stat().st_mode) == 0o700
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_many_makers_at_once_never_take_each_other_for_dead(tmp_path: Path) -> None:
+    def make(_: int) -> None:
+        for _ in range(50):
+            with temporary_folder(tmp_path, "stage-") as folder:
+                (folder / "file").write_text("mine")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(make, range(8)))
+    assert list(tmp_path.iterdir()) == []
