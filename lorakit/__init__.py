@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lorakit.adapters.adapter import load_adapter as load_adapter
     from lorakit.adapters.delta import Delta as Delta
     from lorakit.errors import LorakitError as LorakitError
-    from lorakit.merge.merge import MergeReport as MergeReport
     from lorakit.merge.merge import merge as merge
+    from lorakit.merge.report import MergeReport as MergeReport
     from lorakit.mix.mix import MixReport as MixReport
     from lorakit.mix.mix import mix as mix
 
@@ -27,7 +27,7 @@ _HOME = {
     "load_adapter": "lorakit.adapters.adapter",
     "Delta": "lorakit.adapters.delta",
     "LorakitError": "lorakit.errors",
-    "MergeReport": "lorakit.merge.merge",
+    "MergeReport": "lorakit.merge.report",
     "merge": "lorakit.merge.merge",
     "MixReport": "lorakit.mix.mix",
     "mix": "lorakit.mix.mix",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.config import AdapterConfig, read_config, require_plain_lora
 from lorakit.adapters.delta import Delta, Kind, Term
-from lorakit.adapters.keys import Key, is_base_copy, parse_key
+from lorakit.adapters.keys import FACTORS, Key, is_base_copy, parse_key
 from lorakit.errors import Conflict, Incomplete, InvalidFile, NotFound, UnsupportedAdapter
 from lorakit.files.folders import FileState, file_state
 from lorakit.files.safetensors import StoredTensor, read_header
@@ -69,7 +69,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest rank of any module."""
-        return max(delta.rank for delta in self.deltas.values())
+        return max((delta.rank for delta in self.deltas.values()), default=0)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -224,7 +224,7 @@ def deltas_of(tensors: Any, config: AdapterConfig, folder: Path) -> tuple[dict[s
     adapters: set[str] = set()
     for stored in tensors:
         key: Key = parse_key(stored.name)
-        if key.part == "other" or len(stored.shape) != 2 or config.peft_type != "LORA":
+        if key.part not in FACTORS or not _is_plain_factor(stored, key, config):
             others.append(stored)
             continue
         if key.adapter:
@@ -237,6 +237,16 @@ def deltas_of(tensors: Any, config: AdapterConfig, folder: Path) -> tuple[dict[s
         raise InvalidFile(f"'{folder}' holds several adapters in one file ({', '.join(sorted(adapters))}): split them")
     deltas = {module: _delta(module, parts, config, folder) for module, parts in factors.items()}
     return deltas, tuple(others)
+
+
+def _is_plain_factor(stored: StoredTensor, key: Key, config: AdapterConfig) -> bool:
+    """Not the factors of a convolution, nor of all experts of a layer at once (PEFT's `target_parameters`)."""
+    if len(stored.shape) != 2 or config.peft_type != "LORA":
+        return False
+    if not (config.raw.get("target_parameters") or key.module.removesuffix(".base_layer").endswith(".experts")):
+        return True
+    rank = stored.shape[0] if key.part == "lora_A" else stored.shape[1]
+    return rank == config.rank_of(key.module)
 
 
 def _delta(module: str, parts: Mapping[str, StoredTensor], config: AdapterConfig, folder: Path) -> Delta:

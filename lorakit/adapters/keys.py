@@ -10,11 +10,23 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "other"]
+Part = Literal[
+    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_B_bias", "token_rows",
+    "other",
+]  # fmt: skip
+FACTORS: frozenset[Part] = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
 _FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
     r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<leaf>\.weight)?$"
+)
+_MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?$")
+_LORA_BIAS = re.compile(r"^(?P<module>.+)\.lora_B(?:\.(?!bias$)(?P<adapter>[^.]+))?\.bias$")
+_TOKEN_ROWS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?$")
+_OTHERS: tuple[tuple[re.Pattern[str], Part], ...] = (
+    (_MAGNITUDE, "lora_magnitude_vector"),
+    (_LORA_BIAS, "lora_B_bias"),
+    (_TOKEN_ROWS, "token_rows"),
 )
 _PREFIX = "base_model.model."
 
@@ -30,10 +42,13 @@ class Key:
 
 
 def parse_key(name: str) -> Key:
-    """Take a tensor's name apart; what is no low-rank factor has the part `other`."""
+    """Take a tensor's name apart; a trained bias or a whole module, and what is unknown, has the part `other`."""
     path = name.removeprefix(_PREFIX)
     match = _FACTOR.match(path)
     if match is None or (match["part"] in ("lora_A", "lora_B")) != (match["leaf"] is not None):
+        for pattern, kind in _OTHERS:
+            if found := pattern.match(path):
+                return Key(name, found["module"], kind, found["adapter"])
         return Key(name, path, "other")
     part: Part = match["part"]  # type: ignore[assignment]  # the pattern allows no other text
     return Key(name, match["module"], part, match["adapter"])

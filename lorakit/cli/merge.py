@@ -19,6 +19,21 @@ from lorakit.errors import UsageError
     "--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
     help="What float tensors are written as.",
 )  # fmt: skip
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="stochastic keeps the mean of changes that are too small for the dtype.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For stochastic rounding.")
+@click.option("--max-shard-size", metavar="SIZE", help="Cut the result into shards of at most this, as 5GB.")
+@click.option(
+    "--expert-layout", type=click.Choice(["peft", "peft-0.18", "unsloth"]),
+    help="How an adapter packs the factors of fused experts, where it doesn't say so itself.",
+)
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted merge of the same left behind.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one a core.")
 @click.option("--no-strict", is_flag=True, help="Leave out adapter tensors that the base has no place for; list them.")
 @dry_run_option
 @json_option
@@ -28,6 +43,12 @@ def command(
     out: str | None,
     device: str,
     dtype: str,
+    rounding: str,
+    seed: int,
+    max_shard_size: str | None,
+    expert_layout: str | None,
+    resume: bool,
+    workers: int | None,
     no_strict: bool,
     dry_run: bool,
     as_json: bool,
@@ -48,7 +69,8 @@ def command(
     with progress_bar("merging", wanted=not (dry_run or as_json)) as progress:
         report = merge(
             base, pairs, out=out, device=device, dtype=dtype, strict=not no_strict, dry_run=dry_run,
-            progress=progress,
+            rounding=rounding, seed=seed, max_shard_size=max_shard_size, expert_layout=expert_layout, resume=resume,
+            workers=workers, progress=progress,
         )  # fmt: skip
     result = report.as_dict()
     if as_json:
@@ -59,22 +81,24 @@ def command(
         print(result["out"])
     for line in report.unplaced:
         note(f"left out: {line}")
+    for line in report.notes:
+        note(f"note: {line}")
     if not (as_json or dry_run):
         note(_summary(result))
 
 
 def _summary(result: dict[str, Any]) -> str:
     rate = result["bytes"] / 1e6 / max(result["seconds"], 1e-9)
+    left = "" if result["survival"] is None else f"; {result['survival']:.1%} of the change survived rounding"
     return (
         f"merged {len(result['merged'])} of {result['tensors']} tensors, {result['bytes'] / 1e6:.1f} MB "
-        f"in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
+        f"in {result['seconds']:.1f} s ({rate:.0f} MB/s){left}"
     )
 
 
 def _print_plan(result: dict[str, Any]) -> None:
     for tensor in result["merged"]:
-        terms = " ".join(f"+ {term['factor']:g}·BA(r={term['rank']})" for term in tensor["terms"])
-        print(f"{tensor['weight']}  {tensor['dtype']} {tensor['shape']}  {terms}")
+        print(f"{tensor['weight']}  {tensor['dtype']} {tensor['shape']}  {' '.join(tensor['steps'])}")
     untouched = result["tensors"] - len(result["merged"])
     print(f"{len(result['merged'])} tensors are merged, {untouched} others are written as they are", end="")
     print("" if result["dtype"] == "keep" else f" but for their dtype ({result['dtype']})")

@@ -17,7 +17,7 @@ from lorakit.files.safetensors import StoredTensor
 from lorakit.files.tensors import FLOATS
 from lorakit.merge.base import BaseModel
 from lorakit.merge.copies import equal_values
-from lorakit.merge.plan import is_transposed
+from lorakit.merge.layers import is_transposed
 from lorakit.merge.resolve import Resolver, copied_from_base
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ FileState = tuple[int, int, int]
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, *, take_up: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """A folder beside `target` to write into; synced and renamed to `target` at the end, removed after an error.
+
+    With `take_up`, a folder that a killed writer left and that it says yes to is gone on with, and an error leaves the
+    folder for the next.
 
     Raises:
         Conflict: `target` exists, before anything is written or when the folder is to take its place.
@@ -27,32 +31,72 @@ def whole_folder(target: Path) -> Iterator[Path]:
     refuse_existing(target)
     with disk_errors_named(target):
         made = [parent for parent in target.parents if not parent.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary_folder(target.parent, f".{target.name}.tmp-") as folder:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary_folder(target.parent, f".{target.name}.tmp-", take_up=take_up) as folder:
                 yield folder
                 sync_tree(folder)
                 refuse_existing(target)
-                folder.rename(target)
-                sync_folder(target.parent)
+                _rename_for_good(folder, target)
         except BaseException:
             _remove_empty(made)
             raise
 
 
 @contextmanager
-def temporary_folder(parent: Path, prefix: str, mode: int = 0o777) -> Iterator[Path]:
+def temporary_folder(
+    parent: Path, prefix: str, mode: int = 0o777, *, take_up: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """A new folder, gone at the end unless it was renamed away.
 
-    It is locked while its maker lives, so what a killed one left behind is known, and cleared by the next.
+    It is locked while its maker lives, so what a killed one left behind is known, and cleared by the next; or gone on
+    with, where `take_up` says so of it. Then an error leaves it there too.
     """
+    taken = _abandoned_folder(parent, prefix, take_up) if take_up else None
     clear_abandoned(parent, prefix)
-    folder, lock = _locked_folder(parent, prefix, mode)
+    folder, lock = taken or _locked_folder(parent, prefix, mode)
+    keep = False
     try:
         yield folder
+    except BaseException:
+        keep = take_up is not None and take_up(folder)
+        raise
     finally:
+        if not keep:  # before the lock is gone: nobody shall take up what is being removed
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename_for_good(folder: Path, target: Path) -> None:
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # another writer was first, by a moment
+            refuse_existing(target)
+        raise
+    try:
+        sync_folder(target.parent)
+    except OSError:  # the name may not last: better none, so that the next run finds its place free
+        target.rename(folder)
+        raise
+
+
+def _abandoned_folder(parent: Path, prefix: str, wanted: Callable[[Path], bool]) -> tuple[Path, int] | None:
+    """A folder that nobody holds locked and that is wanted, locked now."""
+    for folder in sorted(parent.glob(f"{_literal(prefix)}*")):
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            continue
+        if folder.is_dir() and wanted(folder):
+            return folder, lock
+        os.close(lock)
+    return None
 
 
 def _locked_folder(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
@@ -63,6 +107,9 @@ def _locked_folder(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
             lock = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:
             continue
+        except OSError:
+            folder.rmdir()
+            raise
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.is_dir():
             return folder, lock

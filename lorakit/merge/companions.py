@@ -119,15 +119,17 @@ def _read_if_there(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def write_config(base: Path, folder: Path, dtype: str) -> None:
-    """The base's `config.json`; with another dtype, wherever it names one, the new one stands."""
-    if dtype == "keep":
+def write_config(base: Path, folder: Path, dtype: str, changes: Mapping[str, Any] | None = None) -> None:
+    """The base's `config.json` with `changes`; with another dtype, wherever it names one, the new one stands."""
+    if dtype == "keep" and not changes:
         copy_file(base / CONFIG, folder / CONFIG)
         return
-    name = TORCH_NAMES[dtype]
-    config = _with_dtype(read_json(base / CONFIG), name)
-    if not config.keys() & {"dtype", "torch_dtype"}:
-        config["torch_dtype"] = name
+    config = {**read_json(base / CONFIG), **(changes or {})}
+    if dtype != "keep":
+        name = TORCH_NAMES[dtype]
+        config = _with_dtype(config, name)
+        if not config.keys() & {"dtype", "torch_dtype"}:
+            config["torch_dtype"] = name
     write_json(folder / CONFIG, config)
 
 

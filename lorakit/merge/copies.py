@@ -1,30 +1,14 @@
-"""Adapter tensors that are copies of the base's: nothing is to be done for them when they are equal."""
+"""Adapter tensors that are copies of the base's: nothing is to be done for those that are equal."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 
-from lorakit.errors import InvalidFile, UnsupportedAdapter
+from lorakit.errors import InvalidFile
 from lorakit.files.safetensors import DTYPE_BITS, StoredTensor
 from lorakit.files.tensors import same_bytes, torch_dtype
-from lorakit.merge.plan import BaseCopy
 
 _BLOCK = 1 << 20  # elements
-
-
-def ensure_equal_copies(copies: Iterable[BaseCopy]) -> None:
-    """Compare what PEFT copied from the base into an adapter with the base.
-
-    Raises:
-        UnsupportedAdapter: the values differ, so they were trained, or the vocabulary was resized.
-    """
-    for copy in copies:
-        if not equal_values(copy.stored, copy.base):
-            raise UnsupportedAdapter(
-                f"adapter '{copy.adapter}' holds '{copy.stored.name}' with other values than the base: it was trained "
-                f"or its vocabulary was resized, which can't be merged yet"
-            )
 
 
 def equal_values(stored: StoredTensor, base: StoredTensor) -> bool:

@@ -8,14 +8,21 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorakit.files.folders import copy_range, write_all
-from lorakit.merge.plan import CopyTensor, MergePlan, PlannedShard
+from lorakit.files.safetensors import StoredTensor
+from lorakit.merge.journal import PART, Journal, SurvivalSums
+from lorakit.merge.plan import ComputeTensor, CopyTensor, MergePlan, PlannedShard
+
+if TYPE_CHECKING:
+    from lorakit.merge.blocks import Adder
+    from lorakit.merge.rounding import Survival
 
 Progress = Callable[[int, int], None]
 
@@ -46,16 +53,73 @@ class Meter:
                 self._progress(self.done, self.total)
 
 
-@dataclass(slots=True)
-class _OpenShard:
-    plan: PlannedShard
-    source: int
-    target: int
-    tasks: list[Future[None]] = field(default_factory=list)
+class ShardFile:
+    """One file of the result while it is written: under another name until it is whole and on the disk."""
+
+    def __init__(self, plan: PlannedShard, folder: Path) -> None:
+        self.plan = plan
+        self.place = folder / plan.name
+        self.part = folder / f"{plan.name}{PART}"
+        self.tasks: list[Future[Any]] = []
+        self.file = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.survivals: dict[str, Survival] = {}
+
+    def begin(self) -> int:
+        """Take the space, write the head: the number of its bytes."""
+        os.truncate(self.file, self.plan.target.size)
+        write_all(self.file, self.plan.head, 0)
+        return len(self.plan.head)
+
+    def put(self, tensor: ComputeTensor, offset: int, view: memoryview) -> None:
+        write_all(self.file, view, tensor.target.start + offset)
+
+    def finish(self, journal: Journal) -> None:
+        """Once all is written: one shard goes to the disk while the next is computed."""
+        _wait_for(self.tasks)
+        os.fsync(self.file)
+        journal.enter(self.plan.name, self.survivals)
+        self.part.rename(self.place)
+
+    def close(self) -> None:
+        os.close(self.file)
 
 
-def execute(plan: MergePlan, folder: Path, *, device: str = "auto", progress: Progress | None = None) -> str:
-    """Write every shard of the plan into `folder`, and say on which device it was computed.
+class Sources:
+    """Open files to read from, each once."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def of(self, stored: StoredTensor) -> int:
+        if stored.file not in self._open:
+            self._open[stored.file] = os.open(stored.file, os.O_RDONLY)
+        return self._open[stored.file]
+
+    def close(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """On which device it was computed, what rounding left of each change, and which shards were there already."""
+
+    device: str
+    survivals: Mapping[str, SurvivalSums]
+    resumed: tuple[str, ...]
+
+
+def execute(
+    plan: MergePlan,
+    folder: Path,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Done:
+    """Write every shard of the plan into `folder`, but for those that an interrupted run has left there, whole.
 
     Raises:
         UsageError: this machine has no such device.
@@ -63,32 +127,50 @@ def execute(plan: MergePlan, folder: Path, *, device: str = "auto", progress: Pr
         Refused: a value is too large for float16.
     """
     meter = Meter(plan.nbytes, progress)
+    journal = Journal(folder)
+    whole = journal.whole(plan.shards)
     with ExitStack() as stack:
-        shards = [_open(stack, shard, folder, meter) for shard in plan.shards]
-        pool = stack.enter_context(ThreadPoolExecutor(worker_count(), thread_name_prefix="merge"))
+        sources = Sources()
+        stack.callback(sources.close)
+        shards: list[ShardFile] = []
+        for planned in plan.shards:
+            if planned.name in whole:
+                meter.add(planned.target.size)
+                continue
+            shards.append(ShardFile(planned, folder))
+            stack.callback(shards[-1].close)
+            meter.add(shards[-1].begin())
+        pool = stack.enter_context(ThreadPoolExecutor(workers or worker_count(), thread_name_prefix="merge"))
         syncer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
-        unfinished: list[Future[None]] = []
+        unfinished: list[Future[Any]] = []
         stack.callback(_stop, meter, unfinished)
         # Copying needs no torch, so it goes on while torch is imported here.
         for shard in shards:
-            shard.tasks += [pool.submit(_copy, run, shard, meter) for run in runs(shard.plan.copied)]
+            shard.tasks += [
+                pool.submit(_copy, run, sources.of(run.source), shard, meter) for run in runs(shard.plan.copied)
+            ]
             unfinished += shard.tasks
         if any(shard.plan.computed for shard in shards):
             with _no_collection():
                 from lorakit.merge.blocks import Adder, exact_arithmetic, usable_device
+                from lorakit.merge.rounding import Rounding
 
             device = usable_device(device)
             threads = stack.enter_context(exact_arithmetic(device))
-            adder = Adder(device, threads, meter.add)
+            adder = Adder(device, threads, meter.add, rounding=Rounding(rounding, seed))
             for shard in shards:
                 adding = [
-                    pool.submit(adder.write, tensor, shard.source, shard.target) for tensor in shard.plan.computed
+                    pool.submit(_add, adder, tensor, sources.of(tensor.source), shard) for tensor in shard.plan.computed
                 ]
                 shard.tasks += adding
                 unfinished += adding
-        unfinished += [syncer.submit(_sync, shard) for shard in shards]
+        unfinished += [syncer.submit(shard.finish, journal) for shard in shards]
         _wait_for(unfinished)
-    return device
+    return Done(device, journal.survivals(), tuple(whole))
+
+
+def _add(adder: Adder, tensor: ComputeTensor, source: int, shard: ShardFile) -> None:
+    shard.survivals[tensor.target.name] = adder.write(tensor, source, shard)
 
 
 @contextmanager
@@ -108,53 +190,49 @@ def worker_count() -> int:
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def runs(copied: Iterable[CopyTensor]) -> Iterator[tuple[int, int, int]]:
-    """(source offset, target offset, bytes) of what is copied; neighbours go together, up to a block."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes to copy between two files: neighbours go together, up to a block."""
+
+    source: StoredTensor  # the first of them
+    source_offset: int
+    target_offset: int
+    count: int
+
+
+def runs(copied: Iterable[CopyTensor]) -> Iterator[Run]:
+    """What is copied, in pieces."""
+    first: StoredTensor | None = None
     source = target = count = 0
     for tensor in copied:
-        if (tensor.source.start, tensor.target.start) != (source + count, target + count):
-            yield from _blocks(source, target, count)
-            source, target, count = tensor.source.start, tensor.target.start, 0
+        follows = first is not None and first.file == tensor.source.file
+        if not follows or (tensor.source.start, tensor.target.start) != (source + count, target + count):
+            if first is not None:
+                yield from _blocks(first, source, target, count)
+            first, source, target, count = tensor.source, tensor.source.start, tensor.target.start, 0
         count += tensor.source.nbytes
-    yield from _blocks(source, target, count)
+    if first is not None:
+        yield from _blocks(first, source, target, count)
 
 
-def _blocks(source: int, target: int, count: int) -> Iterator[tuple[int, int, int]]:
+def _blocks(stored: StoredTensor, source: int, target: int, count: int) -> Iterator[Run]:
     for first in range(0, count, COPY_BLOCK):
-        yield source + first, target + first, min(COPY_BLOCK, count - first)
+        yield Run(stored, source + first, target + first, min(COPY_BLOCK, count - first))
 
 
-def _open(stack: ExitStack, shard: PlannedShard, folder: Path, meter: Meter) -> _OpenShard:
-    source = os.open(shard.source.file, os.O_RDONLY)
-    stack.callback(os.close, source)
-    target = os.open(folder / shard.source.file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    stack.callback(os.close, target)
-    os.truncate(target, shard.target.size)
-    write_all(target, shard.head, 0)
-    meter.add(len(shard.head))
-    return _OpenShard(shard, source, target)
-
-
-def _copy(run: tuple[int, int, int], shard: _OpenShard, meter: Meter) -> None:
-    source_offset, target_offset, count = run
+def _copy(run: Run, source: int, shard: ShardFile, meter: Meter) -> None:
     meter.add(0)
-    copy_range(shard.source, shard.target, source_offset, target_offset, count)
-    meter.add(count)
+    copy_range(source, shard.file, run.source_offset, run.target_offset, run.count)
+    meter.add(run.count)
 
 
-def _sync(shard: _OpenShard) -> None:
-    """One shard goes to the disk while the next is computed."""
-    _wait_for(shard.tasks)
-    os.fsync(shard.target)
-
-
-def _wait_for(tasks: list[Future[None]]) -> None:
+def _wait_for(tasks: Sequence[Future[Any]]) -> None:
     done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
     for task in done:
         task.result()
 
 
-def _stop(meter: Meter, unfinished: Iterable[Future[None]]) -> None:
+def _stop(meter: Meter, unfinished: Iterable[Future[Any]]) -> None:
     meter.stopped = True
     for task in unfinished:
         task.cancel()

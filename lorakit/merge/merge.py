@@ -2,87 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorakit import __version__
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import InvalidFile, OutOfSpace, UsageError
-from lorakit.files.digests import file_digest
 from lorakit.files.finite import look_at_numbers
-from lorakit.files.folders import free_bytes, refuse_existing, whole_folder, write_json
-from lorakit.files.provenance import write_provenance
+from lorakit.files.folders import free_bytes, refuse_existing, whole_folder
 from lorakit.files.safetensors import read_header
-from lorakit.merge.base import INDEX, BaseModel, base_named_by, read_base
-from lorakit.merge.companions import Companion, plan_companions, write_config
-from lorakit.merge.copies import ensure_equal_copies
+from lorakit.merge.base import BaseModel, base_named_by, read_base
+from lorakit.merge.companions import plan_companions
 from lorakit.merge.execute import Progress, execute
+from lorakit.merge.journal import Journal, has_key, write_key
+from lorakit.merge.output import write_beside, write_lineage
 from lorakit.merge.plan import DTYPES, MergePlan, plan_merge
+from lorakit.merge.report import MergeReport
 from lorakit.store.locate import open_adapter
 
 AdapterLike = Adapter | str | os.PathLike[str]
 Weighted = AdapterLike | tuple[AdapterLike, float]
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What was done, or with `dry_run` what would be."""
-
-    out: Path | None
-    plan: MergePlan
-    adapters: tuple[Adapter, ...]
-    companions: tuple[Companion, ...]
-    device: str
-    dry_run: bool
-    seconds: float = 0.0
-
-    @property
-    def unplaced(self) -> tuple[str, ...]:
-        """Adapter tensors that were left out, each with the reason; only with `strict=False`."""
-        return self.plan.unplaced
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, for `--json` and `lorakit.json`."""
-        changed = [tensor for tensor in self.plan.computed if tensor.terms]
-        return {
-            "out": None if self.out is None else str(self.out),
-            "base": str(self.plan.base.folder),
-            "adapters": [
-                {"path": str(source.folder), "weight": source.weight, "rank": adapter.rank}
-                for adapter in self.adapters
-                for source in adapter.sources
-            ],
-            "dry_run": self.dry_run,
-            "device": self.device,
-            "dtype": self.plan.dtype,
-            "bytes": self.plan.nbytes,
-            "seconds": round(self.seconds, 3),
-            "tensors": sum(len(shard.target.tensors) for shard in self.plan.shards),
-            "merged": [
-                {
-                    "weight": tensor.target.name,
-                    "shard": tensor.source.file.name,
-                    "dtype": tensor.target.dtype,
-                    "shape": list(tensor.target.shape),
-                    "transposed": tensor.transposed,
-                    "terms": [
-                        {"adapter": str(term.B.file.parent), "rank": term.rank, "factor": term.factor}
-                        for term in tensor.terms
-                    ],
-                }
-                for tensor in changed
-            ],
-            "placements": [
-                {"adapter": placed.adapter, "tensor": placed.tensor, "weight": placed.weight, "role": placed.role}
-                for placed in self.plan.placements
-            ],
-            "unplaced": list(self.unplaced),
-            "companions": {companion.name: str(companion.source) for companion in self.companions},
-        }
 
 
 def merge(
@@ -94,9 +40,15 @@ def merge(
     dtype: str = "keep",
     strict: bool = True,
     dry_run: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
+    expert_layout: str | None = None,
+    max_shard_size: int | str | None = None,
+    resume: bool = False,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Merge adapters into a base, streamed: W' = round(W + Σ weight · scale · B A), each weight rounded once.
+    """Merge adapters into a base, streamed; each weight is the exact sum, rounded once.
 
     Args:
         base: A model folder or a hub id; None for the one that the adapters' configs name.
@@ -106,6 +58,12 @@ def merge(
         dtype: "keep", or "bf16", "fp16", "fp32" for every float tensor.
         strict: Refuse when an adapter's tensor has no place. Otherwise they are left out, and listed in the report.
         dry_run: Check and plan, write nothing.
+        rounding: "nearest", or "stochastic", which keeps the mean of changes too small for the dtype.
+        seed: For stochastic rounding.
+        expert_layout: How fused experts are packed, where the adapter does not tell: see `lorakit merge --help`.
+        max_shard_size: In bytes, or as "5GB"; None keeps the base's shards.
+        resume: Go on with what an interrupted merge of the same has left, and leave it when this one is interrupted.
+        workers: How many threads; None for one a core.
         progress: Called with (bytes written, bytes in all), from several threads, one at a time.
 
     Raises:
@@ -117,35 +75,81 @@ def merge(
     """
     begun = time.monotonic()
     target = None if out is None else Path(out)
-    _check_settings(device, dtype)
+    _check_settings(device, dtype, rounding, workers)
     if target is not None:
         refuse_existing(target)
     elif not dry_run:
         raise UsageError("no folder to write is named: give `out`, or ask for a dry run")
     opened = tuple(_weighted(*pair) for pair in _pairs(adapters))
     model = read_base(base if base is not None else base_named_by(opened))
-    plan = plan_merge(model, opened, dtype=dtype, strict=strict)
+    size = parse_size(max_shard_size)
+    plan = plan_merge(
+        model, opened, dtype=dtype, strict=strict, expert_layout=expert_layout, max_shard_size=size
+    )  # fmt: skip
     _ensure_finite(opened)
-    ensure_equal_copies(plan.copies)
     folders = [source.folder for adapter in opened for source in adapter.sources]
-    report = MergeReport(target, plan, opened, plan_companions(model.folder, folders), device, dry_run)
+    companions = plan_companions(model.folder, folders)
+    report = MergeReport(target, plan, opened, companions, device, dry_run, settings={"rounding": rounding})
     if dry_run or target is None:
         return report
-    _ensure_space(plan, target)
-    with whole_folder(target) as beside:
-        report = replace(report, device=execute(plan, beside, device=device, progress=progress))
-        _write_companions(report, beside)
+    key = merge_key(plan, opened, rounding=rounding, seed=seed)
+    take_up = (lambda folder: has_key(folder, key)) if resume else None
+    with whole_folder(target, take_up=take_up) as beside:
+        if not has_key(beside, key):
+            _ensure_space(plan, target)
+            write_key(beside, key)
+        done = execute(
+            plan, beside, device=device, workers=workers, rounding=rounding, seed=seed, progress=progress
+        )  # fmt: skip
+        Journal(beside).clear()
+        report = replace(report, device=done.device, survivals=done.survivals, resumed=done.resumed)
+        write_beside(report, beside)
         _ensure_unchanged(model, opened)
         report = replace(report, seconds=time.monotonic() - begun)
-        _write_provenance(report, beside)
+        write_lineage(report, beside)
     return replace(report, seconds=time.monotonic() - begun)
 
 
-def _check_settings(device: str, dtype: str) -> None:
+def merge_key(plan: MergePlan, adapters: Sequence[Adapter], **settings: Any) -> str:
+    """The same for the same work on the same files, so that an interrupted one can be gone on with."""
+    sources = [
+        [str(source.file), source.state, source.weight, sorted(map(str, source.config.raw.items()))]
+        for adapter in adapters
+        for source in adapter.sources
+    ]
+    shards = [
+        [shard.name, shard.target.size, hashlib.sha256(shard.head).hexdigest(), len(shard.computed)]
+        for shard in plan.shards
+    ]
+    states = [[str(shard.file), state] for shard, state in zip(plan.base.shards, plan.base.states, strict=True)]
+    whole = [__version__, sources, states, shards, plan.dtype, list(plan.unplaced), sorted(map(str, settings.items()))]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def _check_settings(device: str, dtype: str, rounding: str, workers: int | None) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"device '{device}' is none of auto, cpu, cuda, cuda:<index>")
     if dtype != "keep" and dtype not in DTYPES:
         raise UsageError(f"dtype '{dtype}' is none of keep, {', '.join(DTYPES)}")
+    if rounding not in ("nearest", "stochastic"):
+        raise UsageError(f"rounding '{rounding}' is none of nearest, stochastic")
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} workers do no work: ask for 1 or more")
+
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?)?B?", re.IGNORECASE)
+
+
+def parse_size(size: int | str | None) -> int | None:
+    """Bytes of 5000000, "5GB" (10^9) or "5GiB" (2^30), as transformers and huggingface_hub read sizes."""
+    if size is None or isinstance(size, int):
+        return size
+    match = _SIZE.fullmatch(size.strip())
+    if match is None:
+        raise UsageError(f"'{size}' is no size: write it as 5GB, 500MB or 2GiB")
+    unit = (match["unit"] or "").upper()
+    step = 1024 if unit.endswith("I") else 1000
+    return int(float(match["number"]) * step ** ("KMGT".index(unit[0]) + 1 if unit else 0))
 
 
 def _pairs(adapters: Weighted | Sequence[Weighted]) -> list[tuple[AdapterLike, float]]:
@@ -181,36 +185,7 @@ def _ensure_space(plan: MergePlan, target: Path) -> None:
         )
 
 
-def _write_companions(report: MergeReport, folder: Path) -> None:
-    base = report.plan.base
-    write_config(base.folder, folder, report.plan.dtype)
-    for companion in report.companions:
-        companion.write(folder)
-    if base.index is not None:
-        metadata = base.index.get("metadata")
-        total = sum(tensor.nbytes for shard in report.plan.shards for tensor in shard.target.tensors.values())
-        index = {**base.index, "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}}
-        write_json(folder / INDEX, index)
-
-
 def _ensure_unchanged(base: BaseModel, adapters: Sequence[Adapter]) -> None:
     base.ensure_unchanged()
     for adapter in adapters:
         adapter.ensure_unchanged()
-
-
-def _write_provenance(report: MergeReport, folder: Path) -> None:
-    plan = report.plan
-    parents: list[dict[str, Any]] = [{"kind": "base", "path": str(plan.base.folder), "reference": plan.base.reference}]
-    for adapter in report.adapters:
-        for source in adapter.sources:
-            parents.append(
-                {
-                    "kind": "adapter",
-                    "path": str(source.folder),
-                    "sha256": file_digest(source.file),
-                    "weight": source.weight,
-                }
-            )
-    settings = {"dtype": plan.dtype, "device": report.device, "strict": not report.unplaced}
-    write_provenance(folder, "merge", parents, settings, report=report.as_dict())

@@ -1,27 +1,21 @@
 """From an adapter's module paths to the names of tensors on disk.
 
 An adapter names modules as the model class of its training did; a base on disk may have been saved from another class,
-or by another version of it. What may differ is a prefix, so a few are tried, and the match has to be the only one.
+or by another version of it. What may differ stands in `families`, and the match has to be the only one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from functools import cached_property
 
-# What a path may begin with, longest first, and what may stand there on disk in its place.
-PREFIXES = (
-    "model.language_model.model.",
-    "model.language_model.",
-    "language_model.model.",
-    "base_model.model.",
-    "_orig_mod.",
-    "module.",
-    "transformer.",
-    "language_model.",
-    "model.",
-    "",
-)
+from lorakit.merge.families import PREFIXES, RENAMES, TOGETHER, WRAPPERS
+
+__all__ = ["PREFIXES", "Resolver", "copied_from_base"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Resolver:
@@ -35,22 +29,78 @@ class Resolver:
         return self.tensor_of(f"{module}.weight")
 
     def tensor_of(self, path: str) -> str | None:
-        """The stored tensor that a path such as `model.norm.weight` means."""
+        """The stored tensor that a path such as `model.norm.weight` means: of its own name, or else below another
+        prefix, or else with parts that are spelled otherwise, too.
+        """
         if path in self.names:
             return path
-        found = {candidate for candidate in _candidates(path) if candidate in self.names}
-        return found.pop() if len(found) == 1 else None
+        plain = _unwrapped(path)
+        for spellings in ((path, plain), _respelled(plain)):
+            found = {name for spelling in spellings for name in _moved(spelling) if name in self.names}
+            if found:
+                return found.pop() if len(found) == 1 else None
+        return None
 
     def nearest(self, module: str, count: int = 3) -> list[str]:
         """The stored names that look most like the module's path."""
-        weights = (name.removesuffix(".weight") for name in self.names if name.endswith(".weight"))
-        return [f"{name}.weight" for name in get_close_matches(module, list(weights), n=count, cutoff=0.5)]
+        near = get_close_matches(_NUMBER.sub("#", module), list(self._alike), n=count, cutoff=0.5)
+        return [self._with_numbers_of(module, pattern) for pattern in near]
+
+    def stored_otherwise(self, module: str) -> str | None:
+        """Where the base has one tensor for what the adapter has in parts, or the other way round: says so."""
+        parent, _, layer = module.rpartition(".")
+        for parts, wholes in TOGETHER.items():
+            if layer in parts:
+                found = next(filter(None, (self.weight_of(f"{parent}.{whole}") for whole in wholes)), None)
+                if found:
+                    return f"the base has it in one piece with others, as '{found}'"
+            if layer in wholes:
+                pieces = [name for part in parts if (name := self.weight_of(f"{parent}.{part}"))]
+                if pieces:
+                    return f"the base has it in pieces: {', '.join(pieces)}"
+        return None
+
+    @cached_property
+    def _alike(self) -> dict[str, list[str]]:
+        """Names by what they are without their numbers: a model has few such patterns, however many its layers."""
+        found: dict[str, list[str]] = {}
+        for name in sorted(self.names):
+            if not name.endswith(".bias"):
+                found.setdefault(_NUMBER.sub("#", name).removesuffix(".weight"), []).append(name)
+        return found
+
+    def _with_numbers_of(self, module: str, pattern: str) -> str:
+        numbers = _NUMBER.findall(module)
+        names = self._alike[pattern]
+        return next((name for name in names if _NUMBER.findall(name) == numbers), names[0])
 
 
-def _candidates(path: str) -> Iterator[str]:
+def _unwrapped(path: str) -> str:
+    for wrapper in WRAPPERS:
+        path = path.replace(wrapper, "")
+    while path.startswith("module."):
+        path = path.removeprefix("module.")
+    return path
+
+
+def _moved(path: str) -> Iterator[str]:
+    """The path below every other prefix."""
     for old in PREFIXES:
         if path.startswith(old):
-            yield from (new + path.removeprefix(old) for new in PREFIXES)
+            rest = path.removeprefix(old)
+            yield from (new + rest for new in PREFIXES)
+
+
+def _respelled(path: str) -> list[str]:
+    """The path in every other spelling of its parts."""
+    spellings = [f".{path}"]  # so that a part that stands first has a dot before it, too
+    for rename in RENAMES:
+        for spelling in tuple(spellings):
+            if rename.within in spelling:
+                for old, new in ((rename.one, rename.other), (rename.other, rename.one)):
+                    if old in spelling:
+                        spellings.append(spelling.replace(old, new))
+    return list(dict.fromkeys(spelling[1:] for spelling in spellings[1:]))
 
 
 def copied_from_base(name: str) -> str | None:

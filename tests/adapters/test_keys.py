@@ -27,9 +27,6 @@ def test_factors(name: str, module: str, part: str, adapter: str | None) -> None
 @pytest.mark.parametrize(
     "name",
     [
-        f"base_model.model.{Q}.lora_magnitude_vector",
-        f"base_model.model.{Q}.lora_B.bias",
-        f"base_model.model.{Q}.lora_B.default.bias",
         "base_model.model.model.embed_tokens.base_layer.weight",
         "base_model.model.lm_head.weight",
         "base_model.model.lora_A.weight.extra",
@@ -39,6 +36,27 @@ def test_factors(name: str, module: str, part: str, adapter: str | None) -> None
 )
 def test_what_is_no_factor(name: str) -> None:
     assert parse_key(name).part == "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "part"),
+    [
+        (f"base_model.model.{Q}.lora_magnitude_vector", Q, "lora_magnitude_vector"),
+        (f"base_model.model.{Q}.lora_magnitude_vector.default.weight", Q, "lora_magnitude_vector"),
+        (f"base_model.model.{Q}.lora_magnitude_vector.weight", Q, "lora_magnitude_vector"),
+        (f"base_model.model.{Q}.lora_B.bias", Q, "lora_B_bias"),
+        (f"base_model.model.{Q}.lora_B.default.bias", Q, "lora_B_bias"),
+        (
+            "model.embed_tokens.token_adapter.trainable_tokens_delta",
+            "model.embed_tokens",
+            "token_rows",
+        ),
+        ("model.embed_tokens.trainable_tokens_delta.default", "model.embed_tokens", "token_rows"),
+    ],
+)
+def test_what_stands_beside_the_factors(name: str, module: str, part: str) -> None:
+    key = parse_key(name)
+    assert (key.module, key.part) == (module, part)
 
 
 def test_names_are_written_as_they_are_read() -> None:

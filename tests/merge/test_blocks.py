@@ -10,28 +10,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lorakit.adapters.delta import Term
 from lorakit.files.safetensors import read_header
 from lorakit.files.tensors import tensor_bytes
 from lorakit.merge import blocks
 from lorakit.merge.blocks import Adder, row_blocks
 from lorakit.merge.plan import ComputeTensor
+from lorakit.merge.steps import AddProduct, matrix
 
 SIDES = st.integers(1, 40) | st.integers(41, 700)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
-def written(folder: Path, computed: ComputeTensor) -> bytes:
+class InMemory:
+    def __init__(self) -> None:
+        self.content = bytearray()
+
+    def put(self, tensor: ComputeTensor, offset: int, view: memoryview) -> None:
+        assert offset == len(self.content)
+        self.content += view
+
+
+def written(computed: ComputeTensor) -> bytes:
     before = torch.get_num_threads()
-    out = folder / "out"
-    with (
-        blocks.exact_arithmetic("cpu") as threads,
-        computed.source.file.open("rb") as source,
-        out.open("w+b") as target,
-    ):
-        Adder("cpu", threads, lambda _: None).write(computed, source.fileno(), target.fileno())
+    output = InMemory()
+    with blocks.exact_arithmetic("cpu") as threads, computed.source.file.open("rb") as source:
+        Adder("cpu", threads, lambda _: None).write(computed, source.fileno(), output)
     assert torch.get_num_threads() == before
-    return out.read_bytes()[computed.target.start :]
+    return bytes(output.content)
 
 
 @settings(max_examples=60)
@@ -56,10 +61,13 @@ def test_blocks_have_the_bits_of_the_whole(
     for index in range(len(ranks)):
         delta = tensors[f"B{index}"].to(wide) @ tensors[f"A{index}"].to(wide)
         total = total + (delta.T if transposed else delta) * factor
-    terms = tuple(Term(header[f"B{index}"], header[f"A{index}"], factor) for index in range(len(ranks)))
+    steps = tuple(
+        AddProduct(matrix(header[f"B{index}"]), matrix(header[f"A{index}"]), factor, transposed)
+        for index in range(len(ranks))
+    )
     monkeypatch.setattr(blocks, "CPU_BLOCK", elements)
-    computed = ComputeTensor(header["W"], header["W"], terms, transposed)
-    assert written(tmp_path, computed) == bytes(tensor_bytes(total.to(dtype).contiguous()))
+    computed = ComputeTensor(header["W"], header["W"], steps)
+    assert written(computed) == bytes(tensor_bytes(total.to(dtype).contiguous()))
 
 
 @given(rows=st.integers(0, 5000), columns=st.integers(0, 5000), elements=st.integers(1, 1 << 20))
@@ -77,4 +85,4 @@ def test_a_change_of_dtype_alone_takes_any_shape(tmp_path: Path) -> None:
     save_file({"W": tensor, "out": tensor.bfloat16()}, tmp_path / "in.safetensors")
     header = read_header(tmp_path / "in.safetensors").tensors
     computed = ComputeTensor(header["W"], header["out"])
-    assert written(tmp_path, computed) == bytes(tensor_bytes(tensor.bfloat16()))
+    assert written(computed) == bytes(tensor_bytes(tensor.bfloat16()))

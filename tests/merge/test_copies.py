@@ -1,4 +1,4 @@
-"""PEFT's copy of the base's rows is nothing to do when it is equal, and refused when it isn't."""
+"""PEFT's copy of the base's rows is nothing to do when it is equal, and stands below the deltas when it isn't."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit.errors import UnsupportedAdapter
 from lorakit.merge.merge import merge
 from tests.models import assert_same_bits, bits, make_adapter, make_base, merged_by_peft
 
@@ -40,10 +39,11 @@ def test_an_equal_copy_changes_nothing(base: Path, adapter: Path, tmp_path: Path
     assert {placed.role for placed in report.plan.placements} == {"A", "B", "copy"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_copy_with_other_values_is_refused(base: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    copy = bits(base)["lm_head.weight"].to(dtype)
+def test_a_copy_with_other_values_takes_the_place_of_the_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    copy = bits(base)["lm_head.weight"].clone()
     copy[-1, -1] += 1
     change(adapter, copy)
-    with pytest.raises(UnsupportedAdapter, match="with other values than the base"):
-        merge(base, [adapter], out=tmp_path / "out", dry_run=True)
+    merge(base, [adapter], out=tmp_path / "out", device="cpu")
+    merged = bits(tmp_path / "out")
+    assert_same_bits(merged, merged_by_peft(base, [(adapter, 1.0)]))
+    assert merged["lm_head.weight"][-1, -1] != merged_by_peft(base, [(adapter, 0.0)])["lm_head.weight"][-1, -1]

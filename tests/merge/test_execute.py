@@ -220,13 +220,14 @@ def test_runs_cover_what_is_copied_once(sizes: list[tuple[int, int]], block: int
         pieces = list(execute.runs(copied))
     finally:
         execute.COPY_BLOCK = before
-    covered = [byte for source, _, count in pieces for byte in range(source, source + count)]
+    covered = [byte for piece in pieces for byte in range(piece.source_offset, piece.source_offset + piece.count)]
     assert covered == [byte for tensor in copied for byte in range(tensor.source.start, tensor.source.end)]
-    assert all(target == source + 100 and 0 < count <= block for source, target, count in pieces)
+    assert all(piece.target_offset == piece.source_offset + 100 and 0 < piece.count <= block for piece in pieces)
 
 
 def test_neighbours_are_copied_together() -> None:
-    assert list(execute.runs(tensors([(0, 10), (0, 20), (5, 7)]))) == [(0, 100, 30), (35, 135, 7)]
+    pieces = execute.runs(tensors([(0, 10), (0, 20), (5, 7)]))
+    assert [(piece.source_offset, piece.target_offset, piece.count) for piece in pieces] == [(0, 100, 30), (35, 135, 7)]
 
 
 def test_every_module_is_merged(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_biases_and_transposed_layers_have_the_bits_of_peft(
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=LINEARS[family], **transposed)
     report = merge(base, [adapter], out=tmp_path / "out", device="cpu")
     assert_same_bits(bits(tmp_path / "out"), merged_by_peft(base, [(adapter, 1.0)]))
-    assert all(tensor.transposed == (family == "gpt2") for tensor in report.plan.computed)
+    assert all(step.transposed == (family == "gpt2") for tensor in report.plan.computed for step in tensor.steps)
 
 
 @pytest.mark.parametrize("stored_as", ["bfloat16", "float16"])
