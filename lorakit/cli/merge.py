@@ -27,9 +27,21 @@ from lorakit.errors import UsageError
     help="stochastic keeps the mean of changes that are too small for the dtype.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For stochastic rounding.")
+@click.option(
+    "--onto",
+    type=click.Choice(["original", "dequantised", "same"]),
+    help="For a quantised base: merge onto its 16-bit original (named with --base), onto the values it has (what QLoRA "
+    "trained on; written in 16 bit), or onto those and quantise again.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["fp8", "int8", "w4a16"]),
+    help="Write linear layers quantised, rounded to nearest, as vLLM loads them.",
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Cut the result into shards of at most this, as 5GB.")
 @click.option(
-    "--expert-layout", type=click.Choice(["peft", "peft-0.18", "unsloth"]),
+    "--expert-layout",
+    type=click.Choice(["peft", "peft-0.18", "unsloth"]),
     help="How an adapter packs the factors of fused experts, where it doesn't say so itself.",
 )
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted merge of the same left behind.")
@@ -45,6 +57,8 @@ def command(
     dtype: str,
     rounding: str,
     seed: int,
+    onto: str | None,
+    quantize: str | None,
     max_shard_size: str | None,
     expert_layout: str | None,
     resume: bool,
@@ -70,7 +84,7 @@ def command(
         report = merge(
             base, pairs, out=out, device=device, dtype=dtype, strict=not no_strict, dry_run=dry_run,
             rounding=rounding, seed=seed, max_shard_size=max_shard_size, expert_layout=expert_layout, resume=resume,
-            workers=workers, progress=progress,
+            workers=workers, onto=onto, quantize=quantize, progress=progress,
         )  # fmt: skip
     result = report.as_dict()
     if as_json:

@@ -120,6 +120,8 @@ def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
+        except FileNotFoundError:  # it was not made
+            continue
         except OSError:  # another writer has something in it
             return
 

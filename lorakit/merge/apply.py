@@ -210,13 +210,15 @@ class Stepper:
         shape = self.tensor.source.shape
         sibling = None if step.sibling is None else load_tensor(step.sibling).to(device="cpu", dtype=self.wide)
         mine = total.reshape(shape).cpu()
-        if step.part == "weight":
-            changed, _ = step.layers.merged(step.module, mine, sibling)
-        else:
-            assert sibling is not None
-            _, bias = step.layers.merged(step.module, sibling, mine)
-            assert bias is not None
-            changed = bias
+        weight, bias = (mine, sibling) if step.part == "weight" else (sibling, mine)
+        assert weight is not None
+        torch.set_num_threads(self._threads)
+        try:
+            merged_weight, merged_bias = step.layers.merged(step.module, weight, bias)
+        finally:
+            torch.set_num_threads(1)
+        changed = merged_weight if step.part == "weight" else merged_bias
+        assert changed is not None
         changed = changed.reshape(total.shape).to(self._device)
         return total.copy_(changed if step.weight == 1 else total + (changed - base) * step.weight)
 

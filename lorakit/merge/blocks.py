@@ -6,18 +6,21 @@ times the factor, added to the weight, rounded to the weight's dtype. So the bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from lorakit.errors import Refused, UsageError
 from lorakit.files.safetensors import StoredTensor
-from lorakit.files.tensors import read_into, tensor_bytes, torch_dtype
+from lorakit.files.tensors import load_tensor, read_into, tensor_bytes, torch_dtype
 from lorakit.merge.apply import Memory, Stepper
-from lorakit.merge.plan import ComputeTensor
+from lorakit.merge.plan import ComputeTensor, WholeTensor
 from lorakit.merge.rounding import Rounding, Survival
 
 CPU_BLOCK = 1 << 19  # elements: two float32 blocks and a 16-bit one stay near a core's own cache
@@ -61,6 +64,23 @@ def usable_device(device: str) -> str:
     if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UsageError(f"torch finds no device '{device}' on this machine: try --device cpu")
     return device
+
+
+def arithmetic(device: str) -> str:
+    """Whose float32 products these are: where two merges agree in this, they agree in every bit."""
+    if device != "cpu":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {_processor()} {capability}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 def row_blocks(rows: int, columns: int, elements: int) -> Iterator[tuple[int, int]]:
@@ -119,6 +139,46 @@ class Adder:
                 self.advance(merged.nbytes)
         return survival
 
+    def write_whole(self, tensor: WholeTensor, output: Output) -> Survival:
+        """Read a weight that is quantised, or will be, compute it in one piece, and put out what holds it.
+
+        Raises:
+            InvalidFile: the parts of a quantised weight don't fit together.
+            Refused: a value is too large for float16, or not finite.
+        """
+        torch.set_num_threads(1)
+        computed, survival = tensor.computed, Survival()
+        with torch.inference_mode(), self._own_stream():
+            stepper = Stepper(computed, self._memory, self.device, self.threads)
+            stored = load_tensor(computed.source) if tensor.quantised is None else tensor.quantised.read()
+            base = stored.to(stepper.wide).reshape(computed.matrix)
+            if stepper.needs_norms:
+                stepper.add_norms(base, 0)
+            total = stepper.applied(base.to(self.device, copy=True), 0)
+            written = self._packed(tensor, total.reshape(computed.source.shape))
+            if computed.steps and tensor.quantiser is None:
+                now = _as_read_again(tensor, written)
+                survival.add(base.to(self.device), total, now.reshape(total.shape).to(self.device), self._memory)
+        for target in tensor.targets:
+            output.put(replace(computed, target=target), 0, tensor_bytes(written[target.name].contiguous()))
+            self.advance(target.nbytes)
+        return survival
+
+    def _packed(self, tensor: WholeTensor, total: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors to write, by their names."""
+        target = tensor.computed.target
+        if tensor.quantiser is not None:
+            return tensor.quantiser.quantise(tensor.name, target.dtype, total.cpu())
+        if tensor.keeps_format:
+            assert tensor.quantised is not None
+            packed = tensor.quantised.packed(total.cpu())
+            return {tensor.quantised.parts[role].name: part for role, part in packed.items()}
+        rows = total.reshape(tensor.computed.matrix)
+        rounded = self.rounding.rounded(rows, tensor.computed, 0, self._memory, self.device)
+        if rounded.dtype == torch.float16:
+            _refuse_overflow(rows, rounded, target.name)
+        return {target.name: rounded.cpu()}
+
     def _own_stream(self) -> AbstractContextManager[object]:
         """On a GPU each thread has a stream, so that copies and products of several overlap."""
         return nullcontext() if self.on_cpu else torch.cuda.stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
@@ -147,6 +207,15 @@ class Adder:
         fetched = self._memory.take("fetched", shape, rounded.dtype, "cpu", True).copy_(rounded, non_blocking=True)
         torch.cuda.current_stream().synchronize()
         return fetched
+
+
+def _as_read_again(tensor: WholeTensor, written: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The weight that the written tensors hold."""
+    if not tensor.keeps_format:
+        return written[tensor.computed.target.name]
+    assert tensor.quantised is not None
+    parts = {role: written[part.name] for role, part in tensor.quantised.parts.items() if part.name in written}
+    return tensor.quantised.unpacked(parts)
 
 
 def _refuse_overflow(total: torch.Tensor, rounded: torch.Tensor, name: str) -> None:

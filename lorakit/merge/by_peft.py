@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.errors import UnplacedTensors
 from lorakit.files.safetensors import StoredTensor
 from lorakit.merge.layers import EMBEDDINGS, is_transposed, layer_of
-from lorakit.merge.peft_layers import CHANGES_BIAS, Kind, Layer, PeftLayers, require_mergeable, target_modules
+from lorakit.merge.peft_layers import CHANGES_BIAS, SHARED, Kind, Layer, PeftLayers, require_mergeable, target_modules
 from lorakit.merge.steps import ByPeft
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ def place_by_peft(placer: Placer, adapter: Adapter, tensors: Sequence[StoredTens
         if module is not None and places[module] is None:
             placer.leave_out(stored[name], placer.reason_for(module))
     weights = {module: weight for module, weight in places.items() if weight is not None}
+    if len(weights) < len(places) and config.peft_type in SHARED:
+        raise UnplacedTensors(
+            f"adapter '{adapter.name}' ({config.peft_type}) shares its vectors among all its modules, so it can't be "
+            f"merged without '{next(module for module, weight in places.items() if weight is None)}', "
+            f"which base '{placer.model.base.reference}' does not have"
+        )
     used = {
         name: tensor for name, tensor in stored.items() if roles.get(name, "") is None or roles.get(name) in weights
     }

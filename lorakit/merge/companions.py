@@ -119,15 +119,16 @@ def _read_if_there(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def write_config(base: Path, folder: Path, dtype: str, changes: Mapping[str, Any] | None = None) -> None:
-    """The base's `config.json` with `changes`; with another dtype, wherever it names one, the new one stands."""
-    if dtype == "keep" and not changes:
+def write_config(base: Path, folder: Path, dtype: str, changed: Mapping[str, Any] | None = None) -> None:
+    """The base's `config.json`, or the changed one; with another dtype, wherever it names one, the new one stands."""
+    if dtype == "keep" and changed is None:
         copy_file(base / CONFIG, folder / CONFIG)
         return
-    config = {**read_json(base / CONFIG), **(changes or {})}
+    config = dict(changed) if changed is not None else read_json(base / CONFIG)
     if dtype != "keep":
         name = TORCH_NAMES[dtype]
-        config = _with_dtype(config, name)
+        section = config.pop("quantization_config", None)
+        config = _with_dtype(config, name) | ({} if section is None else {"quantization_config": section})
         if not config.keys() & {"dtype", "torch_dtype"}:
             config["torch_dtype"] = name
     write_json(folder / CONFIG, config)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.files.folders import copy_range, write_all
 from lorakit.files.safetensors import StoredTensor
 from lorakit.merge.journal import PART, Journal, SurvivalSums
-from lorakit.merge.plan import ComputeTensor, CopyTensor, MergePlan, PlannedShard
+from lorakit.merge.plan import ComputeTensor, CopyTensor, MergePlan, PlannedShard, WholeTensor
 
 if TYPE_CHECKING:
     from lorakit.merge.blocks import Adder
@@ -150,7 +150,7 @@ def execute(
                 pool.submit(_copy, run, sources.of(run.source), shard, meter) for run in runs(shard.plan.copied)
             ]
             unfinished += shard.tasks
-        if any(shard.plan.computed for shard in shards):
+        if any(shard.plan.computed or shard.plan.whole for shard in shards):
             with _no_collection():
                 from lorakit.merge.blocks import Adder, exact_arithmetic, usable_device
                 from lorakit.merge.rounding import Rounding
@@ -162,6 +162,7 @@ def execute(
                 adding = [
                     pool.submit(_add, adder, tensor, sources.of(tensor.source), shard) for tensor in shard.plan.computed
                 ]
+                adding += [pool.submit(_add_whole, adder, tensor, shard) for tensor in shard.plan.whole]
                 shard.tasks += adding
                 unfinished += adding
         unfinished += [syncer.submit(shard.finish, journal) for shard in shards]
@@ -171,6 +172,10 @@ def execute(
 
 def _add(adder: Adder, tensor: ComputeTensor, source: int, shard: ShardFile) -> None:
     shard.survivals[tensor.target.name] = adder.write(tensor, source, shard)
+
+
+def _add_whole(adder: Adder, tensor: WholeTensor, shard: ShardFile) -> None:
+    shard.survivals[tensor.name] = adder.write_whole(tensor, shard)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Journal:
                 name, sums = json.loads(line)
                 self._known[name] = {weight: SurvivalSums(*values) for weight, values in sums.items()}
             except (ValueError, TypeError, AttributeError):
-                continue  # the line that a kill cut short
+                continue  # empty, or the line that a kill cut short
 
     def whole(self, shards: Sequence[PlannedShard]) -> list[str]:
         """The shards that need no work."""
@@ -80,16 +81,26 @@ class Journal:
         with self._lock:
             self._known[shard] = {name: SurvivalSums(*values) for name, values in sums.items()}
             with (self._folder / _LINES).open("a") as stream:
-                stream.write(json.dumps([shard, sums]) + "\n")
+                stream.write("\n" + json.dumps([shard, sums]) + "\n")  # first an end for a line that was cut short
                 stream.flush()
                 os.fsync(stream.fileno())
 
     def survivals(self) -> dict[str, SurvivalSums]:
         return {name: one for sums in self._known.values() for name, one in sums.items()}
 
+    def drop_unfinished(self, shards: Sequence[PlannedShard]) -> list[str]:
+        """Remove all that an interrupted run left but the whole shards, and give their names."""
+        whole = self.whole(shards)
+        for path in self._folder.iterdir():
+            if path.name in (_KEY, _LINES, *whole):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        return whole
+
     def clear(self) -> None:
-        """Once all is whole, the result needs no journal."""
-        for name in (_KEY, _LINES):
+        """Once all is whole, the result needs no journal; and what can't become whole is for nobody to take up."""
+        for name in (_LINES, _KEY):
             (self._folder / name).unlink(missing_ok=True)
-        for part in self._folder.glob(f"*{PART}"):
-            part.unlink()

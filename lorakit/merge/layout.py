@@ -3,60 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorakit.errors import UsageError
-from lorakit.files.safetensors import DTYPE_BITS, Header, StoredTensor, planned_header
+from lorakit.files.safetensors import Header, StoredTensor, planned_header
 from lorakit.files.tensors import FLOATS
 from lorakit.merge.base import SINGLE
 from lorakit.merge.placing import Placer
-from lorakit.merge.plan import DTYPES, ComputeTensor, CopyTensor, PlannedShard
+from lorakit.merge.plan import DTYPES, ComputeTensor, CopyTensor, PlannedShard, WholeTensor
 from lorakit.merge.steps import Step, Take
+
+if TYPE_CHECKING:
+    from lorakit.merge.quantised import QuantisedWeight, Quantiser
+
+Planned = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """A tensor of the result that has no place yet."""
+    """A tensor of the result that has no place yet; `written` are the tensors that it becomes, mostly itself."""
 
     name: str
     dtype: str
     source: StoredTensor
     steps: tuple[Step, ...]
     columns: int | None
+    written: tuple[Planned, ...]
+    quantised: QuantisedWeight | None = None
+    quantiser: Quantiser | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.source.nbytes * DTYPE_BITS[self.dtype] // DTYPE_BITS[self.source.dtype]
+        header = planned_header(Path(self.name), self.written, {})[1]
+        return header.size - header.data_start
 
 
-def planned_shards(placer: Placer, dtype: str, max_shard_size: int | None = None) -> tuple[PlannedShard, ...]:
+def planned_shards(
+    placer: Placer, dtype: str, max_shard_size: int | None = None, quantise: str | None = None
+) -> tuple[tuple[PlannedShard, ...], Quantiser | None]:
     """The files of the result, with the names, the order and the metadata of the base's where the layout is kept."""
     if max_shard_size is not None and max_shard_size < 1:
         raise UsageError(f"a shard of {max_shard_size} bytes holds nothing")
-    by_shard: dict[Path, list[_Weight]] = {shard.file: [] for shard in placer.model.base.shards}
-    for name, stored in placer.model.tensors.items():
+    model = placer.model
+    by_shard: dict[Path, list[_Weight]] = {shard.file: [] for shard in model.base.shards}
+    for name, stored in model.tensors.items():
         home = placer.homes.get(name, stored.file)
-        by_shard[home].append(_weight(placer, name, stored, DTYPES.get(dtype)))
-    kept = {shard.file: shard for shard in placer.model.base.shards}
+        by_shard[home] += _weights(placer, name, stored, DTYPES.get(dtype))
+    quantiser = None
+    if quantise is not None:
+        from lorakit.merge.quantised import Quantiser
+
+        everything = [weight for weights in by_shard.values() for weight in weights]
+        quantiser = Quantiser.of(
+            quantise, model.base.config, [planned for one in everything for planned in one.written]
+        )
+        by_shard = {file: [_quantised(weight, quantiser) for weight in weights] for file, weights in by_shard.items()}
+    kept = {shard.file: shard for shard in model.base.shards}
     if max_shard_size is None:
         return tuple(
             _shard(file.name, weights, kept[file].metadata, kept[file]) for file, weights in by_shard.items() if weights
-        )
+        ), quantiser
     groups = _groups([weight for weights in by_shard.values() for weight in weights], max_shard_size)
-    metadata = placer.model.base.shards[0].metadata
+    metadata = model.base.shards[0].metadata
     names = [SINGLE] if len(groups) == 1 else [
         f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)
     ]  # fmt: skip
-    return tuple(_shard(name, weights, metadata, None) for name, weights in zip(names, groups, strict=True))
+    shards = tuple(_shard(name, weights, metadata, None) for name, weights in zip(names, groups, strict=True))
+    return shards, quantiser
 
 
-def _weight(placer: Placer, name: str, stored: StoredTensor, wanted: str | None) -> _Weight:
+def _weights(placer: Placer, name: str, stored: StoredTensor, wanted: str | None) -> list[_Weight]:
     source, steps = stored, tuple(placer.steps.get(name, ()))
+    weight = placer.model.quantised.get(name)
+    if weight is not None and placer.model.onto != "dequantised":
+        return _same_format(weight, stored, steps)
     dtype = wanted if wanted and stored.dtype in FLOATS else placer.dtypes.get(name, stored.dtype)
     if len(steps) == 1 and isinstance(steps[0], Take) and steps[0].weight == 1 and steps[0].tensor.dtype == dtype:
-        source, steps = steps[0].tensor, ()
-    return _Weight(name, dtype, source, steps, placer.columns.get(name))
+        source, steps, weight = steps[0].tensor, (), None
+    return [_Weight(name, dtype, source, steps, placer.columns.get(name), ((name, dtype, stored.shape),), weight)]
+
+
+def _same_format(weight: QuantisedWeight, stored: StoredTensor, steps: tuple[Step, ...]) -> list[_Weight]:
+    """The parts of a quantised weight: those that hold its numbers are written anew where it changes."""
+    rewritten = weight.rewritten if steps else ()
+    parts = [
+        _Weight(part.name, part.dtype, part, (), None, (_planned(part),))
+        for part in weight.parts.values()
+        if part not in rewritten
+    ]
+    if rewritten:
+        written = tuple(_planned(part) for part in rewritten)
+        parts.append(_Weight(weight.name, stored.dtype, stored, steps, None, written, weight))
+    return parts
+
+
+def _planned(stored: StoredTensor) -> Planned:
+    return stored.name, stored.dtype, stored.shape
+
+
+def _quantised(weight: _Weight, quantiser: Quantiser) -> _Weight:
+    written = quantiser.planned(weight.name, weight.dtype, weight.source.shape)
+    return weight if written is None else replace(weight, written=tuple(written), quantiser=quantiser)
 
 
 def _groups(weights: Sequence[_Weight], most: int) -> list[list[_Weight]]:
@@ -73,20 +122,24 @@ def _groups(weights: Sequence[_Weight], most: int) -> list[list[_Weight]]:
 
 
 def _shard(name: str, weights: Sequence[_Weight], metadata: dict[str, str], source: Header | None) -> PlannedShard:
-    plan = [(weight.name, weight.dtype, weight.source.shape) for weight in weights]
-    if source is not None and plan == [(one.name, one.dtype, one.shape) for one in source.tensors.values()]:
+    plan = [planned for weight in weights for planned in weight.written]
+    if source is not None and sorted(plan) == sorted(_planned(stored) for stored in source.tensors.values()):
         head, target = _head(source), source
     else:
         head, target = planned_header(Path(name), plan, metadata)
     copied: list[CopyTensor] = []
     computed: list[ComputeTensor] = []
+    whole: list[WholeTensor] = []
     for weight in weights:
-        placed = target.tensors[weight.name]
-        if weight.steps or weight.source.dtype != placed.dtype:
-            computed.append(ComputeTensor(weight.source, placed, weight.steps, weight.columns))
+        targets = tuple(target.tensors[one] for one, _, _ in weight.written)
+        one = ComputeTensor(weight.source, replace(targets[0], dtype=weight.dtype), weight.steps, weight.columns)
+        if weight.quantised is not None or weight.quantiser is not None:
+            whole.append(WholeTensor(weight.name, one, targets, weight.quantised, weight.quantiser))
+        elif weight.steps or weight.source.dtype != targets[0].dtype:
+            computed.append(one)
         else:
-            copied.append(CopyTensor(weight.source, placed))
-    return PlannedShard(target, head, tuple(copied), tuple(computed))
+            copied.append(CopyTensor(weight.source, targets[0]))
+    return PlannedShard(target, head, tuple(copied), tuple(computed), tuple(whole))
 
 
 def _head(header: Header) -> bytes:

@@ -43,6 +43,8 @@ def merge(
     rounding: str = "nearest",
     seed: int = 0,
     expert_layout: str | None = None,
+    onto: str | None = None,
+    quantize: str | None = None,
     max_shard_size: int | str | None = None,
     resume: bool = False,
     workers: int | None = None,
@@ -61,6 +63,9 @@ def merge(
         rounding: "nearest", or "stochastic", which keeps the mean of changes too small for the dtype.
         seed: For stochastic rounding.
         expert_layout: How fused experts are packed, where the adapter does not tell: see `lorakit merge --help`.
+        onto: For a quantised base, what the change is added to: "original" (its 16-bit model, named as `base`),
+            "dequantised" (the values that the quantised one has; written in 16 bit), "same" (those, quantised again).
+        quantize: "fp8", "int8" or "w4a16": what linear layers are written as, rounded to nearest.
         max_shard_size: In bytes, or as "5GB"; None keeps the base's shards.
         resume: Go on with what an interrupted merge of the same has left, and leave it when this one is interrupted.
         workers: How many threads; None for one a core.
@@ -84,12 +89,14 @@ def merge(
     model = read_base(base if base is not None else base_named_by(opened))
     size = parse_size(max_shard_size)
     plan = plan_merge(
-        model, opened, dtype=dtype, strict=strict, expert_layout=expert_layout, max_shard_size=size
+        model, opened, dtype=dtype, strict=strict, expert_layout=expert_layout, max_shard_size=size, onto=onto,
+        quantise=quantize,
     )  # fmt: skip
     _ensure_finite(opened)
     folders = [source.folder for adapter in opened for source in adapter.sources]
     companions = plan_companions(model.folder, folders)
-    report = MergeReport(target, plan, opened, companions, device, dry_run, settings={"rounding": rounding})
+    settings = {"rounding": rounding, "seed": seed, "expert_layout": expert_layout, "max_shard_size": size}
+    report = MergeReport(target, plan, opened, companions, device, dry_run, settings=settings)
     if dry_run or target is None:
         return report
     key = merge_key(plan, opened, rounding=rounding, seed=seed)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.errors import InvalidFile, UnsupportedAdapter
-from lorakit.files.safetensors import StoredTensor
+from lorakit.errors import InvalidFile, Refused, UnsupportedAdapter, UsageError
+from lorakit.files.safetensors import DTYPE_BITS, StoredTensor
 from lorakit.files.tensors import same_bytes
 from lorakit.merge.base import BaseModel
 from lorakit.merge.layers import HEADS, input_embedding, is_tied, layer_of
+from lorakit.merge.plan import DTYPES
+
+if TYPE_CHECKING:
+    from lorakit.merge.quantised import QuantisedWeight, Quantiser
 
 _LAYER = re.compile(r"^(?P<before>(?:.*\.)?(?:layers|layer|h|blocks)\.)(?P<number>\d+)(?P<after>\..*)$")
 
@@ -31,20 +35,70 @@ class Model:
     embedding: str | None = None
     head: str | None = None
     notes: list[str] = field(default_factory=list)
+    quantised: dict[str, QuantisedWeight] = field(default_factory=dict)
+    onto: str | None = None
 
 
-def model_for(base: BaseModel, adapters: Sequence[Adapter]) -> Model:
-    """The base, with its layers repeated as the adapters' `layer_replication` says.
+ONTO = ("original", "dequantised", "same")
+
+
+def model_for(base: BaseModel, adapters: Sequence[Adapter], *, onto: str | None = None) -> Model:
+    """The base, with its layers repeated as the adapters' `layer_replication` says. Of a quantised base, each weight
+    stands under its own name, rather than the tensors that hold it.
 
     Raises:
         UnsupportedAdapter: the adapters repeat layers differently.
         InvalidFile: they name layers that the base hasn't.
     """
-    model = Model(base, dict(base.tensors))
+    model = Model(base, dict(base.tensors), onto=onto)
+    _see_through_quantisation(model)
     _repeat_layers(model, adapters)
     if is_tied(base):
         _name_both_sides(model)
     return model
+
+
+def _see_through_quantisation(model: Model) -> None:
+    base, onto = model.base, model.onto
+    if onto is not None and onto not in ONTO:
+        raise UsageError(f"there is no way to merge onto '{onto}': name one of {', '.join(ONTO)}")
+    if onto == "original" and base.quantised:
+        raise Refused(
+            f"base '{base.reference}' is quantised (by {base.quantised}): name the original, in 16 bit, with --base"
+        )
+    if not base.quantised:
+        if onto == "dequantised":
+            raise Refused(f"base '{base.reference}' isn't quantised: name the quantised one with --base")
+        return
+    from lorakit.merge.quantised import activation_scales, quantised_weights
+
+    model.quantised = quantised_weights(base.config, base.tensors)
+    parts = {part.name for weight in model.quantised.values() for part in weight.parts.values()}
+    seen = {name: stored for name, stored in model.tensors.items() if name not in parts}
+    for name, weight in model.quantised.items():
+        first = next(iter(weight.parts.values()))
+        size = weight.shape[0] * weight.shape[1] * DTYPE_BITS[weight.dtype] // 8
+        seen[name] = StoredTensor(name, first.file, weight.dtype, weight.shape, first.start, first.start + size)
+    if onto == "dequantised":
+        useless = activation_scales(seen)
+        for name in useless:
+            del seen[name]
+        if useless:
+            model.notes.append(f"{len(useless)} scales of the quantised model are left out, {useless[0]} the first")
+    model.tensors = seen
+
+
+def changed_config(model: Model, dtype: str, quantiser: Quantiser | None) -> dict[str, Any] | None:
+    """The result's config; None where it is the base's own."""
+    config = {**model.base.config, **model.config}
+    if model.quantised and model.onto == "dequantised":
+        from lorakit.merge.quantised import dequantised_config
+
+        written = DTYPES.get(dtype) or next(iter(model.quantised.values())).dtype
+        config = dequantised_config(config, written)
+    if quantiser is not None:
+        config["quantization_config"] = quantiser.config_section()
+    return None if config == model.base.config else config
 
 
 def _name_both_sides(model: Model) -> None:

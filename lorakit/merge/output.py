@@ -36,7 +36,15 @@ def write_beside(report: MergeReport, folder: Path) -> None:
 def write_lineage(report: MergeReport, folder: Path) -> None:
     """`lorakit.json`: parents with their digests, settings, and the whole report."""
     plan = report.plan
-    parents: list[dict[str, Any]] = [{"kind": "base", "path": str(plan.base.folder), "reference": plan.base.reference}]
+    base = plan.base
+    parents: list[dict[str, Any]] = [
+        {
+            "kind": "base",
+            "path": str(base.folder.absolute()),
+            "reference": base.reference,
+            "identity": base.identity,
+        }
+    ]
     for adapter in report.adapters:
         for source in adapter.sources:
             digest = file_digest(source.file)
@@ -44,4 +52,8 @@ def write_lineage(report: MergeReport, folder: Path) -> None:
                 {"kind": "adapter", "path": str(source.folder), "sha256": digest, "weight": source.weight}
             )  # fmt: skip
     settings = {"dtype": plan.dtype, "device": report.device, "strict": not report.unplaced, **report.settings}
+    if any(plan.computed):
+        from lorakit.merge.blocks import arithmetic
+
+        settings["arithmetic"] = arithmetic(report.device)
     write_provenance(folder, "merge", parents, settings, report=report.as_dict())

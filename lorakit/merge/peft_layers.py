@@ -68,6 +68,8 @@ _ASIDE = frozenset({"peft_version"})
 
 _PROCESS_WIDE = threading.RLock()  # warnings and random numbers are the whole process's
 
+SHARED = _TOGETHER | {"TINYLORA"}
+
 Kind = Literal["linear", "conv1d", "embedding", "conv", "norm"]
 
 
@@ -117,14 +119,17 @@ def target_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str,
 
 
 def needs_order(config: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether the file leaves open which module has which part of the shared vectors.
+    """Whether the file leaves open which module has which of the shared vectors, or which seed.
 
     Then `layers` has to hold all linear layers of the model, in the order of its class (not of its files).
     """
-    method = peft_type_of(config)
+    method, names = peft_type_of(config), tuple(names)
     if method == "UNILORA":
         return not any(".unilora_indices_" in name for name in names)
-    return method == "TINYLORA" and sum(name.startswith("base_model.tinylora_v.") for name in names) > 1
+    if method != "TINYLORA":
+        return False
+    vectors = sum(name.startswith("base_model.tinylora_v.") for name in names)
+    return vectors > 1 or not any(name.endswith(".tinylora_P") for name in names)
 
 
 class PeftLayers:

@@ -91,8 +91,14 @@ class Placer:
         odd = next((stored for stored in tensors if stored.dtype not in FLOATS), None)
         if odd is not None:
             raise UnsupportedAdapter(f"'{odd.name}' is stored as {odd.dtype}: save the adapter in bf16, fp16 or fp32")
+        base = self.model.base
+        if weight.name in self.model.quantised and self.model.onto not in ("dequantised", "same"):
+            raise Refused(
+                f"'{weight.name}' of base '{base.reference}' is quantised (by {base.quantised}): name the original "
+                f"model with --base, or say --onto dequantised (what the adapter was trained on, written in 16 bit) "
+                f"or --onto same (written quantised again)"
+            )
         if weight.dtype not in FLOATS:
-            base = self.model.base
             said = f" (quantised by {base.quantised})" if base.quantised else ""
             raise Refused(
                 f"'{weight.name}' of base '{base.reference}' is stored as {weight.dtype}{said}: "

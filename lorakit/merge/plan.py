@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import UnplacedTensors
 from lorakit.files.safetensors import Header, StoredTensor
 from lorakit.merge.base import BaseModel
 from lorakit.merge.steps import Step
+
+if TYPE_CHECKING:
+    from lorakit.merge.quantised import QuantisedWeight, Quantiser
 
 DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -47,6 +50,25 @@ class ComputeTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeTensor:
+    """Computed in one piece: a weight that is quantised where it is read, or where it is written.
+
+    `computed` says what is done between; `targets` are what is written: the parts in which a format holds the weight.
+    """
+
+    name: str
+    computed: ComputeTensor
+    targets: tuple[StoredTensor, ...]
+    quantised: QuantisedWeight | None = None
+    quantiser: Quantiser | None = None
+
+    @property
+    def keeps_format(self) -> bool:
+        """Whether it is written in the parts that it was read from."""
+        return self.quantiser is None and self.targets[0].dtype != self.computed.target.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedShard:
     """One file to write: its head, and each of its tensors once."""
 
@@ -54,6 +76,7 @@ class PlannedShard:
     head: bytes
     copied: tuple[CopyTensor, ...]
     computed: tuple[ComputeTensor, ...]
+    whole: tuple[WholeTensor, ...] = ()
 
     @property
     def name(self) -> str:
@@ -74,7 +97,7 @@ class Placement:
 class MergePlan:
     """The whole merge as a value: can be printed, compared, executed.
 
-    `config` are the changes of the base's `config.json`; `notes` what a reader should know.
+    `config` is the result's, where it is not the base's own; `notes` what a reader should know.
     """
 
     base: BaseModel
@@ -82,12 +105,14 @@ class MergePlan:
     shards: tuple[PlannedShard, ...]
     placements: tuple[Placement, ...]
     unplaced: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def computed(self) -> Iterator[ComputeTensor]:
-        return (tensor for shard in self.shards for tensor in shard.computed)
+        for shard in self.shards:
+            yield from shard.computed
+            yield from (tensor.computed for tensor in shard.whole)
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +127,8 @@ def plan_merge(
     strict: bool = True,
     expert_layout: str | None = None,
     max_shard_size: int | None = None,
+    onto: str | None = None,
+    quantise: str | None = None,
 ) -> MergePlan:
     """Say what becomes of every tensor of the base.
 
@@ -109,14 +136,14 @@ def plan_merge(
         UnsupportedAdapter: an adapter is of a kind that can't be merged, or not without more being said.
         UnplacedTensors: an adapter holds tensors that no weight of the base takes; names them, and the nearest names.
         WrongBase: an adapter's shapes aren't the base's.
-        Refused: the weights to change are quantised.
+        Refused: the weights to change are quantised in a way that is not asked for, or can't be read.
     """
     from lorakit.merge.layout import planned_shards
-    from lorakit.merge.model import model_for
+    from lorakit.merge.model import changed_config, model_for
     from lorakit.merge.placing import Placer
     from lorakit.merge.tied import ensure_one_vocabulary, settle_tied
 
-    model = model_for(base, adapters)
+    model = model_for(base, adapters, onto=onto)
     placer = Placer(model, expert_layout=expert_layout)
     for adapter in adapters:
         placer.place(adapter)
@@ -127,10 +154,9 @@ def plan_merge(
         raise UnplacedTensors(f"nothing of the adapters fits base '{base.reference}'{_listed(unplaced)}")
     settle_tied(placer)
     ensure_one_vocabulary(placer)
-    shards = planned_shards(placer, dtype, max_shard_size)
-    return MergePlan(
-        base, dtype, shards, tuple(placer.placements.values()), unplaced, placer.model.config, tuple(placer.notes)
-    )
+    shards, quantiser = planned_shards(placer, dtype, max_shard_size, quantise)
+    config = changed_config(model, dtype, quantiser)
+    return MergePlan(base, dtype, shards, tuple(placer.placements.values()), unplaced, config, tuple(placer.notes))
 
 
 def _listed(unplaced: Sequence[str], most: int = SHOWN) -> str:

@@ -63,9 +63,15 @@ class MergeReport:
         return (
             f"rounding lost part of the fine-tune: {self.survival:.0%} of the change is left on the whole, and less "
             f"than {LOW_SURVIVAL:.0%} in {len(low)} of {len(self.survivals)} weights (their change is {change:.3%} of "
-            f"the weights); --dtype fp16 is finer, --rounding stochastic keeps the mean, and --residual DIR writes "
-            f"what was lost as a small adapter",
+            f"the weights); {self._remedies()}",
         )
+
+    def _remedies(self) -> str:
+        """Those that aren't in use already."""
+        finer = any(tensor.target.dtype == "BF16" for tensor in self.plan.computed)
+        remedies = ["--dtype fp16 is finer"] if finer else []
+        remedies += ["--rounding stochastic keeps the mean"] if self.settings.get("rounding") != "stochastic" else []
+        return ", ".join([*remedies, "--residual DIR writes what was lost as a small adapter"])
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data, for `--json` and `lorakit.json`."""

@@ -458,8 +458,9 @@ def test_a_method_that_depends_on_the_order_of_layers_is_refused_where_it_is_unk
 
 def test_no_other_method_needs_the_order_of_layers(tmp_path: Path) -> None:
     assert not needs_order({"peft_type": "UNILORA"}, ["base_model.model.q.unilora_indices_A"])
-    assert not needs_order({"peft_type": "TINYLORA"}, ["base_model.tinylora_v.0"])
-    assert not any(needs_order({"peft_type": method}, []) for method in PREFIXES.keys() - {"UNILORA"})
+    assert not needs_order({"peft_type": "TINYLORA"}, ["base_model.tinylora_v.0", "base_model.model.q.tinylora_P"])
+    assert needs_order({"peft_type": "TINYLORA"}, ["base_model.tinylora_v.0"])  # P is drawn from the module's number
+    assert not any(needs_order({"peft_type": method}, []) for method in PREFIXES.keys() - {"UNILORA", "TINYLORA"})
 
 
 def test_threads_get_the_same_weights_one_by_one_or_together(tmp_path: Path) -> None:
