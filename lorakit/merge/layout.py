@@ -33,6 +33,7 @@ class _Weight:
     written: tuple[Planned, ...]
     quantised: QuantisedWeight | None = None
     quantiser: Quantiser | None = None
+    keeps_format: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +96,7 @@ def _same_format(weight: QuantisedWeight, stored: StoredTensor, steps: tuple[Ste
     ]
     if rewritten:
         written = tuple(_planned(part) for part in rewritten)
-        parts.append(_Weight(weight.name, stored.dtype, stored, steps, None, written, weight))
+        parts.append(_Weight(weight.name, stored.dtype, stored, steps, None, written, weight, keeps_format=True))
     return parts
 
 
@@ -134,7 +135,9 @@ def _shard(name: str, weights: Sequence[_Weight], metadata: dict[str, str], sour
         targets = tuple(target.tensors[one] for one, _, _ in weight.written)
         one = ComputeTensor(weight.source, replace(targets[0], dtype=weight.dtype), weight.steps, weight.columns)
         if weight.quantised is not None or weight.quantiser is not None:
-            whole.append(WholeTensor(weight.name, one, targets, weight.quantised, weight.quantiser))
+            whole.append(
+                WholeTensor(weight.name, one, targets, weight.quantised, weight.quantiser, weight.keeps_format)
+            )
         elif weight.steps or weight.source.dtype != targets[0].dtype:
             computed.append(one)
         else:

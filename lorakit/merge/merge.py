@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from lorakit import __version__
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import InvalidFile, OutOfSpace, UsageError
 from lorakit.files.finite import look_at_numbers
-from lorakit.files.folders import free_bytes, refuse_existing, whole_folder
+from lorakit.files.folders import free_bytes, refuse_existing, sync_tree, whole_folder
 from lorakit.files.safetensors import read_header
 from lorakit.merge.base import BaseModel, base_named_by, read_base
 from lorakit.merge.companions import plan_companions
 from lorakit.merge.execute import Progress, execute
-from lorakit.merge.journal import Journal, has_key, write_key
+from lorakit.merge.journal import has_key, take_up_key
 from lorakit.merge.output import write_beside, write_lineage
 from lorakit.merge.plan import DTYPES, MergePlan, plan_merge
 from lorakit.merge.report import MergeReport
@@ -95,25 +95,27 @@ def merge(
     _ensure_finite(opened)
     folders = [source.folder for adapter in opened for source in adapter.sources]
     companions = plan_companions(model.folder, folders)
+    if onto == "dequantised":
+        from lorakit.merge.quantised import LEFT_BEHIND
+
+        companions = tuple(companion for companion in companions if companion.name not in LEFT_BEHIND)
     settings = {"rounding": rounding, "seed": seed, "expert_layout": expert_layout, "max_shard_size": size}
     report = MergeReport(target, plan, opened, companions, device, dry_run, settings=settings)
     if dry_run or target is None:
         return report
-    key = merge_key(plan, opened, rounding=rounding, seed=seed)
+    key = merge_key(plan, opened, device=device, onto=onto, quantize=quantize, **settings)
     take_up = (lambda folder: has_key(folder, key)) if resume else None
-    with whole_folder(target, take_up=take_up) as beside:
-        if not has_key(beside, key):
-            _ensure_space(plan, target)
-            write_key(beside, key)
+    with whole_folder(target, take_up=take_up) as beside, take_up_key(beside, key, plan.shards) as whole:
+        _ensure_space(plan, target, whole)
         done = execute(
             plan, beside, device=device, workers=workers, rounding=rounding, seed=seed, progress=progress
         )  # fmt: skip
-        Journal(beside).clear()
         report = replace(report, device=done.device, survivals=done.survivals, resumed=done.resumed)
         write_beside(report, beside)
         _ensure_unchanged(model, opened)
         report = replace(report, seconds=time.monotonic() - begun)
         write_lineage(report, beside)
+        sync_tree(beside)  # all that can fail comes before the journal goes
     return replace(report, seconds=time.monotonic() - begun)
 
 
@@ -183,11 +185,12 @@ def _ensure_finite(adapters: Sequence[Adapter]) -> None:
             raise InvalidFile(f"'{name}' in '{file}' holds NaN or infinity: use an earlier checkpoint")
 
 
-def _ensure_space(plan: MergePlan, target: Path) -> None:
+def _ensure_space(plan: MergePlan, target: Path, whole: Collection[str] = ()) -> None:
     free = free_bytes(target)
-    if free < plan.nbytes:
+    needed = sum(shard.target.size for shard in plan.shards if shard.name not in whole)
+    if free < needed:
         raise OutOfSpace(
-            f"'{target}' needs {plan.nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: "
+            f"'{target}' needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there: "
             f"free some space or name another --out"
         )
 

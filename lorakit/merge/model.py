@@ -12,7 +12,7 @@ from lorakit.errors import InvalidFile, Refused, UnsupportedAdapter, UsageError
 from lorakit.files.safetensors import DTYPE_BITS, StoredTensor
 from lorakit.files.tensors import same_bytes
 from lorakit.merge.base import BaseModel
-from lorakit.merge.layers import HEADS, input_embedding, is_tied, layer_of
+from lorakit.merge.layers import CONV1D_MODELS, HEADS, input_embedding, is_tied, layer_of
 from lorakit.merge.plan import DTYPES
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ def _see_through_quantisation(model: Model) -> None:
     from lorakit.merge.quantised import activation_scales, quantised_weights
 
     model.quantised = quantised_weights(base.config, base.tensors)
+    if model.quantised and base.model_type in CONV1D_MODELS:
+        raise Refused(
+            f"base '{base.reference}' is a quantised {base.model_type}, whose weights are (in, out): merge "
+            f"onto the model before it was quantised"
+        )
     parts = {part.name for weight in model.quantised.values() for part in weight.parts.values()}
     seen = {name: stored for name, stored in model.tensors.items() if name not in parts}
     for name, weight in model.quantised.items():

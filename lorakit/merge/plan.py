@@ -53,7 +53,8 @@ class ComputeTensor:
 class WholeTensor:
     """Computed in one piece: a weight that is quantised where it is read, or where it is written.
 
-    `computed` says what is done between; `targets` are what is written: the parts in which a format holds the weight.
+    `computed` says what is done between; `targets` are what is written: the parts in which a format holds the weight,
+    with `keeps_format` those that it was read from.
     """
 
     name: str
@@ -61,11 +62,7 @@ class WholeTensor:
     targets: tuple[StoredTensor, ...]
     quantised: QuantisedWeight | None = None
     quantiser: Quantiser | None = None
-
-    @property
-    def keeps_format(self) -> bool:
-        """Whether it is written in the parts that it was read from."""
-        return self.quantiser is None and self.targets[0].dtype != self.computed.target.dtype
+    keeps_format: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +110,11 @@ class MergePlan:
         for shard in self.shards:
             yield from shard.computed
             yield from (tensor.computed for tensor in shard.whole)
+
+    @property
+    def quantised_again(self) -> bool:
+        """Whether changed weights are written in the format of a quantised base."""
+        return any(tensor.keeps_format for shard in self.shards for tensor in shard.whole)
 
     @property
     def nbytes(self) -> int:

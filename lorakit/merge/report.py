@@ -59,6 +59,11 @@ class MergeReport:
         low = [sums for sums in self.survivals.values() if sums.ratio is not None and sums.ratio < LOW_SURVIVAL]
         if not low or self.survival is None:
             return ()
+        if self.plan.quantised_again:
+            return (
+                f"the base's format lost part of the fine-tune: {self.survival:.0%} of the change is left on the "
+                f"whole; --onto dequantised writes it in 16 bit",
+            )
         change = (sum(sums.norm for sums in low) / (sum(sums.weight for sums in low) or 1.0)) ** 0.5
         return (
             f"rounding lost part of the fine-tune: {self.survival:.0%} of the change is left on the whole, and less "
