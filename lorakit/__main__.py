@@ -1,5 +1,5 @@
 """`python -m lorakit` is `lorakit`."""
 
-from lorakit.cli import main
+from lorakit.cli import script
 
-main()
+script()

@@ -1,5 +1,5 @@
 """The command line: one file a verb, loaded when it is used."""
 
-from lorakit.cli.main import main
+from lorakit.cli.main import main, script
 
-__all__ = ["main"]
+__all__ = ["main", "script"]
