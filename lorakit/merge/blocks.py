@@ -26,7 +26,7 @@ from lorakit.merge.rounding import Rounding, Survival
 CPU_BLOCK = 1 << 19  # elements: two float32 blocks and a 16-bit one stay near a core's own cache
 GPU_BLOCK = 1 << 23
 FEWEST_ROWS = 64
-SAMPLED_BLOCKS = 6  # the survival of a large weight is measured on so many of its blocks: on all it takes as long again
+SAMPLED_BLOCKS = 2  # the survival of a large weight is measured on so many of its blocks: on all it takes as long again
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -333,3 +333,29 @@ def expert_slice(
             f"name a base that has each expert in tensors of its own with --base"
         )
     return ExpertSlice(name, index * rows + parts.index(layer) * shape[0], transposed)
+
+
+def trained_slices(
+    path: str, stored: StoredTensor, tensors: Mapping[str, StoredTensor], resolver: Resolver
+) -> list[tuple[str, StoredTensor]]:
+    """The base's tensor of each expert, and the rows of a trained (experts, rows, columns) that are meant for it.
+
+    Nothing where the base does not store those experts one by one, in that shape.
+    """
+    module, _, parameter = path.rpartition(".")
+    stack = Experts(tensors, resolver).stacked(module, parameter) if len(stored.shape) == 3 else None
+    if stack is None or stored.shape != (stack.experts, *stack.shape):
+        return []
+    if any(len(target.shape) != 2 for part in stack.parts for target, _ in part.places):
+        return []
+    rows, columns = stack.shape
+    width = stored.nbytes // max(1, stack.experts * rows)
+    found: list[tuple[str, StoredTensor]] = []
+    above = 0
+    for part in stack.parts:
+        for expert, (target, _) in enumerate(part.places):
+            start = stored.start + (expert * rows + above) * width
+            piece = replace(stored, shape=(part.rows, columns), start=start, end=start + part.rows * width)
+            found.append((target.name, piece))
+        above += part.rows
+    return found

@@ -195,7 +195,8 @@ class OtherTensors:
         path = _WRAPPING.sub("", stored.name.removeprefix("base_model.model.").replace(_ORIGINAL, "."))
         name = placer.resolver.tensor_of(path)
         if name is None:
-            placer.leave_out(stored, placer.reason_for(path.removesuffix(".weight")))
+            if not self._place_trained_experts(stored, path):
+                placer.leave_out(stored, placer.reason_for(path.removesuffix(".weight")))
             return
         weight = model.tensors[name]
         if weight.shape != stored.shape:
@@ -213,6 +214,17 @@ class OtherTensors:
         placer.add_step(name, Take(stored, self._weight))
         self._agree_with_other_side(name)
         placer.enter(stored, name, "trained")
+
+    def _place_trained_experts(self, stored: StoredTensor, path: str) -> bool:
+        """All experts of a layer, trained as one tensor, where the base stores them one by one."""
+        from lorakit.merge.experts import trained_slices
+
+        slices = trained_slices(path, stored, self.placer.model.tensors, self.placer.resolver)
+        for name, part in slices:
+            self.placer.require_floats(self.adapter, self.placer.model.tensors[name], iter((stored,)))
+            self.placer.add_step(name, Take(part, self._weight))
+            self.placer.enter(stored, name, "trained")
+        return bool(slices)
 
     def _agree_with_other_side(self, name: str) -> None:
         """Two equal copies, one for each side of a tied base, are one weight still."""
