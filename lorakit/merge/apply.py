@@ -77,6 +77,8 @@ class Stepper:
         base = total.clone() if self._needs_base else total
         for index, step in enumerate(self.tensor.steps):
             total = self._apply(index, step, total, base, first)
+            if isinstance(step, SubtractInit) and self._needs_base:
+                base = total.clone()  # what is left is the base that the adapter was trained on
         return total
 
     def _apply(self, index: int, step: Step, total: torch.Tensor, base: torch.Tensor, first: int) -> torch.Tensor:

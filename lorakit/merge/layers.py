@@ -13,6 +13,7 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 HEADS = frozenset({"lm_head", "embed_out"})
+HEAD_NAMES = {"whisper": "proj_out.weight"}  # where a tied head, which no file holds, is not called lm_head
 EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings"})
 
 

@@ -12,7 +12,7 @@ from lorakit.errors import InvalidFile, Refused, UnsupportedAdapter, UsageError
 from lorakit.files.safetensors import DTYPE_BITS, StoredTensor
 from lorakit.files.tensors import same_bytes
 from lorakit.merge.base import BaseModel
-from lorakit.merge.layers import CONV1D_MODELS, HEADS, input_embedding, is_tied, layer_of
+from lorakit.merge.layers import CONV1D_MODELS, HEAD_NAMES, HEADS, input_embedding, is_tied, layer_of
 from lorakit.merge.plan import DTYPES
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def _name_both_sides(model: Model) -> None:
         return  # transformers takes two stored weights that differ for two
     old_wrapper = embedding.name.startswith("language_model.model.")
     model.embedding = embedding.name
-    model.head = stored or ("language_model.lm_head.weight" if old_wrapper else "lm_head.weight")
+    usual = "language_model.lm_head.weight" if old_wrapper else "lm_head.weight"
+    model.head = stored or HEAD_NAMES.get(model.base.model_type, usual)
     model.tensors[model.head] = model.tensors[embedding.name]
 
 

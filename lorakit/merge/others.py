@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.adapter import Adapter
@@ -48,7 +48,7 @@ class OtherTensors:
 
     def place(self) -> None:
         if self.adapter.config.peft_type == "LORA":
-            self._refuse_missing()
+            self._look_for_missing()
         else:
             self._place_by_peft()
         self._place_factors()
@@ -65,26 +65,50 @@ class OtherTensors:
             if (stored.file, stored.name) not in self.placer.placements:
                 self.placer.leave_out(stored, self.placer.reason_for(module))
 
-    def _refuse_missing(self) -> None:
+    def _look_for_missing(self) -> None:
         """What the config speaks of has to be in the file: without it the sum would be another one, silently."""
         raw = self.adapter.config.raw
-        parts = {key.part for key, _ in self._rest}
-        bare = [module for module in (*self.adapter.deltas, *self._factors) if module not in self.magnitudes]
-        saved = raw.get("modules_to_save") or ()
+        linear = [module for module, delta in self.adapter.deltas.items() if delta.kind == "linear"]
+        biased = {key.module for key, _ in self._rest if key.part == "lora_B_bias"}
         names = [f".{stored.name}." for _, stored in self._rest]
-        missing = [
-            (raw.get("use_dora") and bare, f"use_dora, and no lora_magnitude_vector for '{next(iter(bare), '')}'"),
-            (raw.get("lora_bias") and "lora_B_bias" not in parts, "lora_bias, and no bias of any lora_B"),
-            (raw.get("trainable_token_indices") and "token_rows" not in parts, "trainable_token_indices, and no rows"),
-            (raw.get("target_parameters") and not self._factors, "target_parameters, and no factors for any"),
-            *(
-                (not any(f".{module}." in name for name in names), f"modules_to_save, and no tensor of '{module}'")
-                for module in saved
-            ),
+        missing: list[str] = []
+        if raw.get("use_dora"):
+            bare = (module for module in (*self.adapter.deltas, *self._factors) if module not in self.magnitudes)
+            missing += [f"use_dora, and no lora_magnitude_vector for '{module}'" for module in bare]
+        if raw.get("lora_bias"):
+            missing += [f"lora_bias, and no bias of lora_B for '{module}'" for module in linear if module not in biased]
+        if raw.get("trainable_token_indices") and not any(key.part == "token_rows" for key, _ in self._rest):
+            missing.append("trainable_token_indices, and no rows")
+        missing += [
+            f"modules_to_save, and no tensor of '{module}'"
+            for module in raw.get("modules_to_save") or ()
+            if not any(f".{module}." in name for name in names)
         ]
-        for is_missing, what in missing:
-            if is_missing:
-                raise InvalidFile(f"adapter '{self.adapter.name}' is incomplete: its config says {what} is in its file")
+        missing += self._missing_parameters(raw.get("target_parameters") or ())
+        if missing:
+            more = f", and {len(missing) - 1} more such" if len(missing) > 1 else ""
+            self.placer.missing.append(
+                f"adapter '{self.adapter.name}' is incomplete: its config says {missing[0]} is in its file{more}"
+            )
+
+    def _missing_parameters(self, targets: Sequence[str]) -> list[str]:
+        """PEFT nests a wrapper for each parameter of a module, so a module has as many factors as parameters."""
+        from lorakit.merge.experts import Experts
+
+        found: dict[str, int] = {}
+        for path in (*self.adapter.deltas, *self._factors):
+            module = path.replace(".base_layer", "")
+            found[module] = found.get(module, 0) + 1
+        experts = Experts(self.placer.model.tensors, self.placer.resolver)
+        missing = []
+        for module, count in found.items():
+            leaves = {target.rpartition(".")[2] for target in targets if _names(target, module)}
+            there = [leaf for leaf in leaves if experts.stacked(module, leaf) is not None]
+            if count < len(there):
+                missing.append(f"target_parameters {', '.join(sorted(there))}, and only {count} of them for '{module}'")
+        if targets and not any(_names(target, module) for target in targets for module in found):
+            missing.append("target_parameters, and no factors for any")
+        return missing
 
     @property
     def _weight(self) -> float:
@@ -265,6 +289,11 @@ class OtherTensors:
         from lorakit.merge.by_peft import place_by_peft
 
         self._used |= place_by_peft(self.placer, self.adapter, [stored for _, stored in self._rest])
+
+
+def _names(target: str, module: str) -> bool:
+    """Whether a parameter's path, or its end, is of this module."""
+    return f".{module}".endswith(f".{target.rpartition('.')[0]}")
 
 
 def _resized(config: Mapping[str, object], old: int, new: int) -> dict[str, object]:

@@ -37,6 +37,7 @@ class Placer:
         self.columns: dict[str, int] = {}
         self.notes: list[str] = list(model.notes)
         self.ensured_tied = False
+        self.missing: list[str] = []  # what an adapter's config speaks of and its file lacks
         self.placements: dict[tuple[Path, str], Placement] = {}
         self._unplaced: dict[tuple[Path, str], str] = {}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.errors import UnplacedTensors
+from lorakit.errors import InvalidFile, UnplacedTensors
 from lorakit.files.safetensors import Header, StoredTensor
 from lorakit.merge.base import BaseModel
 from lorakit.merge.steps import Step
@@ -137,6 +137,7 @@ def plan_merge(
     Raises:
         UnsupportedAdapter: an adapter is of a kind that can't be merged, or not without more being said.
         UnplacedTensors: an adapter holds tensors that no weight of the base takes; names them, and the nearest names.
+        InvalidFile: an adapter's config speaks of tensors that its file lacks.
         WrongBase: an adapter's shapes aren't the base's.
         Refused: the weights to change are quantised in a way that is not asked for, or can't be read.
     """
@@ -152,6 +153,8 @@ def plan_merge(
     unplaced = placer.unplaced_lines()
     if unplaced and strict:
         raise UnplacedTensors(_unplaced_message(base, unplaced))
+    if placer.missing:
+        raise InvalidFile(placer.missing[0])
     if not placer.placements:
         raise UnplacedTensors(f"nothing of the adapters fits base '{base.reference}'{_listed(unplaced)}")
     settle_tied(placer)

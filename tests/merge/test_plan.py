@@ -147,7 +147,7 @@ def test_what_no_merge_can_do_is_refused_with_the_reason(
     ("config", "missing"),
     [
         ({"use_dora": True}, "no lora_magnitude_vector for 'model.layers"),
-        ({"lora_bias": True}, "no bias of any lora_B"),
+        ({"lora_bias": True}, "no bias of lora_B for 'model.layers"),
         ({"modules_to_save": ["lm_head"]}, "no tensor of 'lm_head'"),
         ({"trainable_token_indices": [1]}, "no rows"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "no factors for any"),
