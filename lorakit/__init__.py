@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.merge.merge import merge as merge
     from lorakit.merge.report import MergeReport as MergeReport
+    from lorakit.merge.unmerge import UnmergeReport as UnmergeReport
+    from lorakit.merge.unmerge import unmerge as unmerge
+    from lorakit.merge.verify import VerifyReport as VerifyReport
+    from lorakit.merge.verify import verify as verify
     from lorakit.mix.mix import MixReport as MixReport
     from lorakit.mix.mix import mix as mix
 
@@ -29,6 +33,10 @@ _HOME = {
     "LorakitError": "lorakit.errors",
     "MergeReport": "lorakit.merge.report",
     "merge": "lorakit.merge.merge",
+    "UnmergeReport": "lorakit.merge.unmerge",
+    "unmerge": "lorakit.merge.unmerge",
+    "VerifyReport": "lorakit.merge.verify",
+    "verify": "lorakit.merge.verify",
     "MixReport": "lorakit.mix.mix",
     "mix": "lorakit.mix.mix",
 }

@@ -10,7 +10,10 @@ import pytest
 
 import lorakit
 
-PROMISED = ["Adapter", "Delta", "LorakitError", "MergeReport", "MixReport", "load_adapter", "merge", "mix"]
+PROMISED = [
+    "Adapter", "Delta", "LorakitError", "MergeReport", "MixReport", "UnmergeReport", "VerifyReport", "load_adapter",
+    "merge", "mix", "unmerge", "verify",
+]  # fmt: skip
 
 
 def python(program: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from tests.readme import README, ROOT, blocks
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folders that the README speaks of."""
+    """The folders that the README speaks of; those that are verified or unmerged are there already."""
     base = write_base(tmp_path / "models" / "llama")
     for name in ("runs/sql/checkpoint-500", "runs/chat"):
         write_adapter(tmp_path / name, base_model_name_or_path=str(base))
@@ -24,7 +24,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-COMMANDS = [shlex.split(line) for block in blocks("") for line in block.splitlines() if line.startswith("lorakit ")]
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in blocks("")
+    for line in block.splitlines()
+    if line.startswith("lorakit ")
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -32,6 +37,8 @@ def test_every_command_does_what_it_says(
     command: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*command[1:], "--dry-run"] if command[1] == "serve" else command[1:]
+    if command[1] in ("verify", "unmerge"):
+        assert lorakit(capsys, "merge", "runs/chat", "--out", "merged").code == 0
     ended = lorakit(capsys, *arguments)
     assert ended.code == 0, ended.err
     if "--out" in command:

@@ -19,6 +19,8 @@ from lorakit.errors import LorakitError
 # One line each, so that `lorakit --help` imports no verb.
 VERBS = {
     "merge": "Merge adapters into their base model, streamed and exact.",
+    "verify": "Merge again and compare: is a merged model what its sources give?",
+    "unmerge": "Give the base of a merged model back, bit for bit.",
     "mix": "Mix adapters into one, exactly, without the base.",
     "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
 }

@@ -44,7 +44,14 @@ from lorakit.errors import UsageError
     type=click.Choice(["peft", "peft-0.18", "unsloth"]),
     help="How an adapter packs the factors of fused experts, where it doesn't say so itself.",
 )
+@click.option(
+    "--residual", type=click.Path(), metavar="DIR",
+    help="Write what rounding to 16 bit loses as a small adapter of the result, for PEFT and vLLM.",
+)  # fmt: skip
+@click.option("--undo", is_flag=True, help="Keep beside the result what `lorakit unmerge` needs without the base.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted merge of the same left behind.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload the result, once it is whole, with the login of `hf auth`.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: a new repository is private.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one a core.")
 @click.option("--no-strict", is_flag=True, help="Leave out adapter tensors that the base has no place for; list them.")
 @dry_run_option
@@ -61,7 +68,11 @@ def command(
     quantize: str | None,
     max_shard_size: str | None,
     expert_layout: str | None,
+    residual: str | None,
+    undo: bool,
     resume: bool,
+    push_to_hub: str | None,
+    private: bool,
     workers: int | None,
     no_strict: bool,
     dry_run: bool,
@@ -84,7 +95,8 @@ def command(
         report = merge(
             base, pairs, out=out, device=device, dtype=dtype, strict=not no_strict, dry_run=dry_run,
             rounding=rounding, seed=seed, max_shard_size=max_shard_size, expert_layout=expert_layout, resume=resume,
-            workers=workers, onto=onto, quantize=quantize, progress=progress,
+            workers=workers, onto=onto, quantize=quantize, residual=residual, undo=undo, push_to_hub=push_to_hub,
+            private=private, progress=progress,
         )  # fmt: skip
     result = report.as_dict()
     if as_json:
@@ -99,6 +111,8 @@ def command(
         note(f"note: {line}")
     if not (as_json or dry_run):
         note(_summary(result))
+    if report.pushed is not None:
+        note(f"pushed to {report.pushed}")
 
 
 def _summary(result: dict[str, Any]) -> str:

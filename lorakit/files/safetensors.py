@@ -46,13 +46,17 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the head of one file says; `tensors` in the order of their data."""
+    """What the head of one file says; `tensors` in the order of their data.
+
+    `head` are the file's first `data_start` bytes, where the file itself is not at hand.
+    """
 
     file: Path
     size: int
     data_start: int
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
+    head: bytes | None = None
 
 
 def read_header(file: Path) -> Header:
@@ -81,10 +85,15 @@ def read_header(file: Path) -> Header:
             f"'{file}' can't be read: permission denied (safetensors 0.8 and later write files for their own user "
             f"alone: run both as one user, or chmod the file)"
         ) from None
-    return _parse(file, raw, size)
+    return parse_header(file, raw, size)
 
 
-def _parse(file: Path, raw: bytes, size: int) -> Header:
+def parse_header(file: Path, raw: bytes, size: int) -> Header:
+    """What `raw`, the JSON of a file's head, says of a file of `size` bytes.
+
+    Raises:
+        InvalidFile: it isn't safetensors, or its offsets don't cover the data exactly once.
+    """
     try:
         entries: Any = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -157,4 +166,4 @@ def planned_header(
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     raw = struct.pack("<Q", len(text)) + text
-    return raw, _parse(file, text, len(raw) + position)
+    return raw, parse_header(file, text, len(raw) + position)

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import Conflict, InvalidFile, NotFound, UsageError
-from lorakit.files.digests import sampled_digest
+from lorakit.files.digests import file_digest, sampled_digest
 from lorakit.files.folders import FileState, file_state, read_json
 from lorakit.files.hub import hub_folder, looks_like_hub_id
 from lorakit.files.safetensors import Header, StoredTensor, read_header
+
+if TYPE_CHECKING:
+    from lorakit.merge.fetch import RemoteShards
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,7 +27,10 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tik
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A folder in Hugging Face layout. `reference` is how it was named: a folder or a hub id."""
+    """A folder in Hugging Face layout. `reference` is how it was named: a folder or a hub id.
+
+    With `remote`, shards may still be on the hub, and `states` is empty.
+    """
 
     reference: str
     folder: Path
@@ -32,6 +38,7 @@ class BaseModel:
     shards: tuple[Header, ...]
     index: Mapping[str, Any] | None
     states: tuple[FileState, ...]
+    remote: RemoteShards | None = None
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -56,8 +63,19 @@ class BaseModel:
         settings = self.config.get("quantization_config")
         return str(settings.get("quant_method", "an unnamed method")) if isinstance(settings, dict) else None
 
+    @property
+    def versions(self) -> list[Any]:
+        """What tells this base from itself at another time: as data, and cheap."""
+        if self.remote is not None:
+            return [self.remote.name, self.remote.commit]
+        files = [str(shard.file) for shard in self.shards]
+        return [file_digest(self.folder / "config.json"), *zip(files, self.states, strict=True)]
+
     def ensure_unchanged(self) -> None:
         """Raises Conflict when a shard was written again since its header was read."""
+        if self.remote is not None:
+            self.remote.ensure_unchanged()
+            return
         for shard, state in zip(self.shards, self.states, strict=True):
             if file_state(shard.file) != state:
                 raise Conflict(f"'{shard.file}' was written again while it was read: start anew")
@@ -75,16 +93,20 @@ def read_base(reference: str | os.PathLike[str]) -> BaseModel:
     if not (folder / "config.json").is_file():
         hint = ": it holds an adapter, not a model" if (folder / "adapter_config.json").is_file() else ""
         raise InvalidFile(f"'{folder}' is no base model, it has no config.json{hint}")
-    config = read_json(folder / "config.json")
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
     files = _shard_files(folder, index)
     states = tuple(file_state(file) for file in files)
     shards = tuple(read_header(file) for file in files)
-    if index is not None:
-        _check_index(folder / INDEX, index["weight_map"], shards)
-    if not any(shard.tensors for shard in shards):
-        raise InvalidFile(f"'{folder}' holds no tensor")
-    return BaseModel(name, folder, config, shards, index, states)
+    return checked_base(BaseModel(name, folder, read_json(folder / "config.json"), shards, index, states))
+
+
+def checked_base(base: BaseModel) -> BaseModel:
+    """Raises InvalidFile when shards and index contradict each other."""
+    if base.index is not None:
+        _check_index(base.folder / INDEX, base.index["weight_map"], base.shards)
+    if not any(shard.tensors for shard in base.shards):
+        raise InvalidFile(f"'{base.folder}' holds no tensor")
+    return base
 
 
 def _shard_files(folder: Path, index: Mapping[str, Any] | None) -> list[Path]:
@@ -93,6 +115,21 @@ def _shard_files(folder: Path, index: Mapping[str, Any] | None) -> list[Path]:
         if not single.is_file():
             raise InvalidFile(_no_weights(folder))
         return [single]
+    names = shard_names(folder, index)
+    for name in names:
+        if not (folder / name).is_file():
+            raise InvalidFile(f"'{folder}' is incomplete: its index names {name}, and there is no such file")
+    if single.is_file() and SINGLE not in names:
+        raise InvalidFile(f"'{folder}' holds {SINGLE} and an index of other shards: keep one of the two")
+    return [folder / name for name in names]
+
+
+def shard_names(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    """The files that the index of `folder` names.
+
+    Raises:
+        InvalidFile: it names none, or something that is no safetensors file beside it.
+    """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidFile(f"'{folder / INDEX}' has no weight_map")
@@ -100,11 +137,7 @@ def _shard_files(folder: Path, index: Mapping[str, Any] | None) -> list[Path]:
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InvalidFile(f"'{folder / INDEX}' names {name!r}, which is no safetensors file beside it")
-        if not (folder / name).is_file():
-            raise InvalidFile(f"'{folder}' is incomplete: its index names {name}, and there is no such file")
-    if single.is_file() and SINGLE not in names:
-        raise InvalidFile(f"'{folder}' holds {SINGLE} and an index of other shards: keep one of the two")
-    return [folder / name for name in names]
+    return names
 
 
 def _no_weights(folder: Path) -> str:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -22,6 +22,9 @@ from lorakit.files.tensors import load_tensor, read_into, tensor_bytes, torch_dt
 from lorakit.merge.apply import Memory, Stepper
 from lorakit.merge.plan import ComputeTensor, WholeTensor
 from lorakit.merge.rounding import Rounding, Survival
+
+if TYPE_CHECKING:
+    from lorakit.merge.residual import Residual, Residuals
 
 CPU_BLOCK = 1 << 19  # elements: two float32 blocks and a 16-bit one stay near a core's own cache
 GPU_BLOCK = 1 << 23
@@ -104,13 +107,20 @@ class Adder:
     """
 
     def __init__(
-        self, device: str, threads: int, advance: Callable[[int], None], *, rounding: Rounding | None = None
+        self,
+        device: str,
+        threads: int,
+        advance: Callable[[int], None],
+        *,
+        rounding: Rounding | None = None,
+        residuals: Residuals | None = None,
     ) -> None:
         self.device = device
         self.on_cpu = device == "cpu"
         self.threads = threads
         self.advance = advance
         self.rounding = rounding or Rounding()
+        self.residuals = residuals
         self._memory = Memory()
 
     def write(self, tensor: ComputeTensor, source: int, output: Output) -> Survival:
@@ -131,12 +141,15 @@ class Adder:
                 for first, last in blocks:
                     stepper.add_norms(self._read(tensor.source, source, first, last, columns), first)
             sample = max(1, len(blocks) // SAMPLED_BLOCKS) if stepper.is_even else 1
+            residual = None if self.residuals is None else self.residuals.of(tensor, self.device)
             for index, (first, last) in enumerate(blocks):
                 stored = self._read(tensor.source, source, first, last, columns)
                 looked_at = survival if index % sample == 0 else None
-                merged = self._merged(tensor, stored, stepper, first, looked_at)
+                merged = self._merged(tensor, stored, stepper, first, looked_at, residual)
                 output.put(tensor, first * columns * merged.element_size(), tensor_bytes(merged))
                 self.advance(merged.nbytes)
+            if residual is not None:
+                residual.finish()
         return survival
 
     def write_whole(self, tensor: WholeTensor, output: Output) -> Survival:
@@ -190,7 +203,13 @@ class Adder:
         return block
 
     def _merged(
-        self, tensor: ComputeTensor, stored: torch.Tensor, stepper: Stepper, first: int, survival: Survival | None
+        self,
+        tensor: ComputeTensor,
+        stored: torch.Tensor,
+        stepper: Stepper,
+        first: int,
+        survival: Survival | None,
+        residual: Residual | None,
     ) -> torch.Tensor:
         """The rows from `first` on, rounded once, in the CPU's memory."""
         shape = (stored.shape[0], stored.shape[1])
@@ -200,6 +219,8 @@ class Adder:
         rounded = self.rounding.rounded(total, tensor, first, self._memory, self.device)
         if rounded.dtype == torch.float16:
             _refuse_overflow(total, rounded, tensor.target.name)
+        if residual is not None:
+            residual.add(total, rounded, first)
         if survival is not None and tensor.steps and rounded.dtype != total.dtype:
             survival.add(stored.to(self.device), total, rounded, self._memory)
         if self.on_cpu:

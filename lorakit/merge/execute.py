@@ -22,6 +22,7 @@ from lorakit.merge.plan import ComputeTensor, CopyTensor, MergePlan, PlannedShar
 
 if TYPE_CHECKING:
     from lorakit.merge.blocks import Adder
+    from lorakit.merge.residual import Residuals
     from lorakit.merge.rounding import Survival
 
 Progress = Callable[[int, int], None]
@@ -89,11 +90,13 @@ class Sources:
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def of(self, stored: StoredTensor) -> int:
-        if stored.file not in self._open:
-            self._open[stored.file] = os.open(stored.file, os.O_RDONLY)
-        return self._open[stored.file]
+        with self._lock:
+            if stored.file not in self._open:
+                self._open[stored.file] = os.open(stored.file, os.O_RDONLY)
+            return self._open[stored.file]
 
     def close(self) -> None:
         for file in self._open.values():
@@ -117,6 +120,7 @@ def execute(
     workers: int | None = None,
     rounding: str = "nearest",
     seed: int = 0,
+    residuals: Residuals | None = None,
     progress: Progress | None = None,
 ) -> Done:
     """Write every shard of the plan into `folder`, but for those that an interrupted run has left there, whole.
@@ -144,12 +148,21 @@ def execute(
         syncer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
         unfinished: list[Future[Any]] = []
         stack.callback(_stop, meter, unfinished)
-        # Copying needs no torch, so it goes on while torch is imported here.
-        for shard in shards:
+
+        def begin_copying(shard: ShardFile) -> None:
             shard.tasks += [
                 pool.submit(_copy, run, sources.of(run.source), shard, meter) for run in runs(shard.plan.copied)
             ]
-            unfinished += shard.tasks
+            unfinished.extend(shard.tasks)
+
+        remote = plan.base.remote
+        if remote is not None:
+            remote.begin(file for shard in shards for file in remote.files_of(shard.plan))
+            stack.callback(remote.stop)
+        else:  # copying needs no torch, so it goes on while torch is imported here
+            for shard in shards:
+                begin_copying(shard)
+        adder: Adder | None = None
         if any(shard.plan.computed or shard.plan.whole for shard in shards):
             with _no_collection():
                 from lorakit.merge.blocks import Adder, exact_arithmetic, usable_device
@@ -157,15 +170,19 @@ def execute(
 
             device = usable_device(device)
             threads = stack.enter_context(exact_arithmetic(device))
-            adder = Adder(device, threads, meter.add, rounding=Rounding(rounding, seed))
-            for shard in shards:
+            adder = Adder(device, threads, meter.add, rounding=Rounding(rounding, seed), residuals=residuals)
+        for shard in shards:
+            if remote is not None:
+                _wait_for_arrivals(remote.arrivals(shard.plan), unfinished)
+                begin_copying(shard)
+            if adder is not None:
                 adding = [
                     pool.submit(_add, adder, tensor, sources.of(tensor.source), shard) for tensor in shard.plan.computed
                 ]
                 adding += [pool.submit(_add_whole, adder, tensor, shard) for tensor in shard.plan.whole]
                 shard.tasks += adding
                 unfinished += adding
-        unfinished += [syncer.submit(shard.finish, journal) for shard in shards]
+            unfinished.append(syncer.submit(shard.finish, journal))
         _wait_for(unfinished)
     return Done(device, journal.survivals(), tuple(whole))
 
@@ -235,6 +252,16 @@ def _wait_for(tasks: Sequence[Future[Any]]) -> None:
     done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
     for task in done:
         task.result()
+
+
+def _wait_for_arrivals(arrivals: Sequence[Future[Any]], unfinished: Sequence[Future[Any]]) -> None:
+    """As long as nothing of what is being merged meanwhile has failed."""
+    waiting: set[Future[Any]] = set(arrivals)
+    while waiting:
+        _, waiting = wait(waiting, timeout=0.2)
+        for task in (*arrivals, *unfinished):
+            if task.done():
+                task.result()
 
 
 def _stop(meter: Meter, unfinished: Iterable[Future[Any]]) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.errors import Conflict, Refused
 from lorakit.files.folders import write_json
 from lorakit.merge.plan import PlannedShard
 
@@ -36,9 +38,23 @@ class SurvivalSums:
         return self.kept / self.norm if self.norm else None
 
 
-def write_key(folder: Path, key: str) -> None:
-    """Say what the folder will be, so that only the very same merge takes it up."""
-    write_json(folder / _KEY, {"key": key})
+@contextmanager
+def take_up_key(folder: Path, key: str, shards: Sequence[PlannedShard]) -> Iterator[list[str]]:
+    """While a folder is filled it says what it will be, so that only the very same merge takes it up.
+
+    Gives the names of the shards that are whole already; at the end nothing of this is left in the folder. After an
+    error that trying again would only repeat, no merge takes the folder up.
+    """
+    journal = Journal(folder)
+    whole = journal.drop_unfinished(shards)
+    if not has_key(folder, key):
+        write_json(folder / _KEY, {"key": key})
+    try:
+        yield whole
+    except (Refused, Conflict):
+        journal.clear()
+        raise
+    journal.clear()
 
 
 def has_key(folder: Path, key: str) -> bool:

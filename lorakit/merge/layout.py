@@ -146,5 +146,7 @@ def _shard(name: str, weights: Sequence[_Weight], metadata: dict[str, str], sour
 
 
 def _head(header: Header) -> bytes:
+    if header.head is not None:
+        return header.head
     with header.file.open("rb") as stream:
         return stream.read(header.data_start)

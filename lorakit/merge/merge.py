@@ -8,24 +8,30 @@ import os
 import re
 import time
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit import __version__
 from lorakit.adapters.adapter import Adapter
 from lorakit.errors import InvalidFile, OutOfSpace, UsageError
 from lorakit.files.finite import look_at_numbers
 from lorakit.files.folders import free_bytes, refuse_existing, sync_tree, whole_folder
+from lorakit.files.hub import ensure_pushable
 from lorakit.files.safetensors import read_header
-from lorakit.merge.base import BaseModel, base_named_by, read_base
-from lorakit.merge.companions import plan_companions
+from lorakit.merge.base import BaseModel, base_named_by
+from lorakit.merge.companions import Companion, plan_companions
 from lorakit.merge.execute import Progress, execute
+from lorakit.merge.fetch import ensure_room_for_shards, open_base, with_values
 from lorakit.merge.journal import has_key, take_up_key
-from lorakit.merge.output import write_beside, write_lineage
+from lorakit.merge.output import push, write_beside, write_lineage
 from lorakit.merge.plan import DTYPES, MergePlan, plan_merge
 from lorakit.merge.report import MergeReport
 from lorakit.store.locate import open_adapter
+
+if TYPE_CHECKING:
+    from lorakit.merge.residual import Residuals
 
 AdapterLike = Adapter | str | os.PathLike[str]
 Weighted = AdapterLike | tuple[AdapterLike, float]
@@ -46,7 +52,11 @@ def merge(
     onto: str | None = None,
     quantize: str | None = None,
     max_shard_size: int | str | None = None,
+    residual: str | os.PathLike[str] | None = None,
+    undo: bool = False,
     resume: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -67,7 +77,10 @@ def merge(
             "dequantised" (the values that the quantised one has; written in 16 bit), "same" (those, quantised again).
         quantize: "fp8", "int8" or "w4a16": what linear layers are written as, rounded to nearest.
         max_shard_size: In bytes, or as "5GB"; None keeps the base's shards.
+        residual: A folder to write too: what rounding to 16 bit lost, as a small adapter of the result.
+        undo: Keep beside the result what `unmerge` needs to give the base back, bit for bit.
         resume: Go on with what an interrupted merge of the same has left, and leave it when this one is interrupted.
+        push_to_hub: A repository to upload the result to, once it is whole; `private` makes a new one private.
         workers: How many threads; None for one a core.
         progress: Called with (bytes written, bytes in all), from several threads, one at a time.
 
@@ -77,46 +90,94 @@ def merge(
         Refused: a subclass says why: InvalidFile, Incomplete, UnsupportedAdapter, UnplacedTensors, WrongBase.
         Conflict: `out` exists, or a source was written again meanwhile.
         OutOfSpace: the disk is full.
+        LorakitError: the result is whole, but could not be pushed.
     """
     begun = time.monotonic()
     target = None if out is None else Path(out)
     _check_settings(device, dtype, rounding, workers)
+    if residual is not None:
+        _check_residual(Path(residual), target, resume)
+    if private and push_to_hub is None:
+        raise UsageError("`private` is for a repository to push to: name one")
+    if push_to_hub is not None and not dry_run:
+        ensure_pushable(push_to_hub)
     if target is not None:
         refuse_existing(target)
     elif not dry_run:
         raise UsageError("no folder to write is named: give `out`, or ask for a dry run")
-    opened = tuple(_weighted(*pair) for pair in _pairs(adapters))
-    model = read_base(base if base is not None else base_named_by(opened))
+    opened = weighted_adapters(adapters)
+    model = open_base(base if base is not None else base_named_by(opened))
     size = parse_size(max_shard_size)
-    plan = plan_merge(
+    plan = with_values(model, lambda: plan_merge(
         model, opened, dtype=dtype, strict=strict, expert_layout=expert_layout, max_shard_size=size, onto=onto,
         quantise=quantize,
-    )  # fmt: skip
+    ))  # fmt: skip
     _ensure_finite(opened)
-    folders = [source.folder for adapter in opened for source in adapter.sources]
-    companions = plan_companions(model.folder, folders)
-    if onto == "dequantised":
-        from lorakit.merge.quantised import LEFT_BEHIND
-
-        companions = tuple(companion for companion in companions if companion.name not in LEFT_BEHIND)
-    settings = {"rounding": rounding, "seed": seed, "expert_layout": expert_layout, "max_shard_size": size}
+    companions = companions_of(model, opened, onto)
+    settings = {
+        "rounding": rounding, "seed": seed, "expert_layout": expert_layout, "max_shard_size": size, "onto": onto,
+        "quantize": quantize,
+    }  # fmt: skip
     report = MergeReport(target, plan, opened, companions, device, dry_run, settings=settings)
     if dry_run or target is None:
         return report
-    key = merge_key(plan, opened, device=device, onto=onto, quantize=quantize, **settings)
+    key = merge_key(plan, opened, device=device, **settings)
     take_up = (lambda folder: has_key(folder, key)) if resume else None
-    with whole_folder(target, take_up=take_up) as beside, take_up_key(beside, key, plan.shards) as whole:
+    with (
+        _residuals(plan, residual) as residuals,
+        whole_folder(target, take_up=take_up) as beside,
+        take_up_key(beside, key, plan.shards) as whole,
+    ):
         _ensure_space(plan, target, whole)
+        ensure_room_for_shards(plan, target, whole)
         done = execute(
-            plan, beside, device=device, workers=workers, rounding=rounding, seed=seed, progress=progress
+            plan, beside, device=device, workers=workers, rounding=rounding, seed=seed, residuals=residuals,
+            progress=progress,
         )  # fmt: skip
         report = replace(report, device=done.device, survivals=done.survivals, resumed=done.resumed)
         write_beside(report, beside)
+        if residuals is not None:
+            residuals.write(opened, target)
+            report = replace(report, residual=residuals.as_dict(Path(str(residual))))
+        if undo:
+            from lorakit.merge.undo import write_undo
+
+            report = replace(report, undo=write_undo(plan, beside))
         _ensure_unchanged(model, opened)
         report = replace(report, seconds=time.monotonic() - begun)
         write_lineage(report, beside)
         sync_tree(beside)  # all that can fail comes before the journal goes
+    if push_to_hub is not None:
+        report = replace(report, pushed=push(target, push_to_hub, private=private))
     return replace(report, seconds=time.monotonic() - begun)
+
+
+def _check_residual(folder: Path, out: Path | None, resume: bool) -> None:
+    refuse_existing(folder)
+    if out is not None and folder.absolute() == out.absolute():
+        raise UsageError(f"the merged model and its residual can't both be '{out}'")
+    if resume:
+        raise UsageError("the residual of weights that an interrupted merge has done isn't known: leave out --resume")
+
+
+def _residuals(plan: MergePlan, folder: str | os.PathLike[str] | None) -> AbstractContextManager[Residuals | None]:
+    """Appears after the result, which is renamed first."""
+    if folder is None:
+        return nullcontext()
+    from lorakit.merge.residual import residual_folder
+
+    return residual_folder(plan, Path(folder))
+
+
+def companions_of(base: BaseModel, adapters: Sequence[Adapter], onto: str | None) -> tuple[Companion, ...]:
+    """The files that stand beside the weights of the result."""
+    folders = [source.folder for adapter in adapters for source in adapter.sources]
+    companions = plan_companions(base.folder, folders)
+    if onto == "dequantised":
+        from lorakit.merge.quantised import LEFT_BEHIND
+
+        companions = tuple(companion for companion in companions if companion.name not in LEFT_BEHIND)
+    return companions
 
 
 def merge_key(plan: MergePlan, adapters: Sequence[Adapter], **settings: Any) -> str:
@@ -130,8 +191,8 @@ def merge_key(plan: MergePlan, adapters: Sequence[Adapter], **settings: Any) -> 
         [shard.name, shard.target.size, hashlib.sha256(shard.head).hexdigest(), len(shard.computed)]
         for shard in plan.shards
     ]
-    states = [[str(shard.file), state] for shard, state in zip(plan.base.shards, plan.base.states, strict=True)]
-    whole = [__version__, sources, states, shards, plan.dtype, list(plan.unplaced), sorted(map(str, settings.items()))]
+    said = [plan.dtype, list(plan.unplaced), sorted(map(str, settings.items()))]
+    whole = [__version__, sources, plan.base.versions, shards, said]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
@@ -159,6 +220,11 @@ def parse_size(size: int | str | None) -> int | None:
     unit = (match["unit"] or "").upper()
     step = 1024 if unit.endswith("I") else 1000
     return int(float(match["number"]) * step ** ("KMGT".index(unit[0]) + 1 if unit else 0))
+
+
+def weighted_adapters(adapters: Weighted | Sequence[Weighted]) -> tuple[Adapter, ...]:
+    """Each opened, its deltas times its weight."""
+    return tuple(_weighted(*pair) for pair in _pairs(adapters))
 
 
 def _pairs(adapters: Weighted | Sequence[Weighted]) -> list[tuple[AdapterLike, float]]:

@@ -7,8 +7,10 @@ from typing import Any
 
 from lorakit.files.digests import file_digest
 from lorakit.files.folders import write_json
+from lorakit.files.hub import push_folder
 from lorakit.files.provenance import write_provenance
 from lorakit.merge.base import INDEX
+from lorakit.merge.card import CARD, card
 from lorakit.merge.companions import write_config
 from lorakit.merge.report import MergeReport
 
@@ -34,7 +36,7 @@ def write_beside(report: MergeReport, folder: Path) -> None:
 
 
 def write_lineage(report: MergeReport, folder: Path) -> None:
-    """`lorakit.json`: parents with their digests, settings, and the whole report."""
+    """`lorakit.json`: parents with their digests, settings, and the whole report; and in words, the card."""
     plan = report.plan
     base = plan.base
     parents: list[dict[str, Any]] = [
@@ -42,7 +44,9 @@ def write_lineage(report: MergeReport, folder: Path) -> None:
             "kind": "base",
             "path": str(base.folder.absolute()),
             "reference": base.reference,
-            "identity": base.identity,
+            # of a base on the hub, a resumed merge may not have needed every shard
+            "identity": base.identity if all(shard.file.is_file() for shard in base.shards) else None,
+            **({} if base.remote is None else {"commit": base.remote.commit}),
         }
     ]
     for adapter in report.adapters:
@@ -56,4 +60,14 @@ def write_lineage(report: MergeReport, folder: Path) -> None:
         from lorakit.merge.blocks import arithmetic
 
         settings["arithmetic"] = arithmetic(report.device)
+    (folder / CARD).write_text(card(report, parents[1:]), encoding="utf-8")
     write_provenance(folder, "merge", parents, settings, report=report.as_dict())
+
+
+def push(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload a result; its address. `lorakit.json` and what `unmerge` needs stay: they name places on this machine.
+
+    Raises:
+        LorakitError: the hub refused, or can't be reached. The folder stays.
+    """
+    return push_folder(folder, repository, private=private, message="Merged by lorakit", leave=("lorakit.*",))

@@ -26,6 +26,8 @@ class MergeReport:
     """What was done, or with `dry_run` what would be.
 
     `survivals`: per weight, what rounding left of its change. `resumed`: the shards that were there already.
+    `residual`: the adapter of what rounding lost: its path, its weights, and those left out. `undo`: how many bytes
+    are kept to make the base again. `pushed`: the address that the result was uploaded to.
     """
 
     out: Path | None
@@ -38,6 +40,9 @@ class MergeReport:
     survivals: Mapping[str, SurvivalSums] = field(default_factory=dict)
     resumed: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    residual: Mapping[str, Any] | None = None
+    undo: int | None = None
+    pushed: str | None = None
 
     @property
     def unplaced(self) -> tuple[str, ...]:
@@ -53,7 +58,7 @@ class MergeReport:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader should know: a base that was untied, a change that rounding mostly lost."""
-        return (*self.plan.notes, *self._warning())
+        return (*self.plan.notes, *self._warning(), *self._of_residual())
 
     def _warning(self) -> tuple[str, ...]:
         low = [sums for sums in self.survivals.values() if sums.ratio is not None and sums.ratio < LOW_SURVIVAL]
@@ -68,15 +73,28 @@ class MergeReport:
         return (
             f"rounding lost part of the fine-tune: {self.survival:.0%} of the change is left on the whole, and less "
             f"than {LOW_SURVIVAL:.0%} in {len(low)} of {len(self.survivals)} weights (their change is {change:.3%} of "
-            f"the weights); {self._remedies()}",
+            f"the weights){self._remedies()}",
         )
 
     def _remedies(self) -> str:
-        """Those that aren't in use already."""
-        finer = any(tensor.target.dtype == "BF16" for tensor in self.plan.computed)
-        remedies = ["--dtype fp16 is finer"] if finer else []
-        remedies += ["--rounding stochastic keeps the mean"] if self.settings.get("rounding") != "stochastic" else []
-        return ", ".join([*remedies, "--residual DIR writes what was lost as a small adapter"])
+        if self.residual is not None:
+            return ""
+        remedies = ["--residual DIR writes what was lost as a small adapter"]
+        if self.settings.get("rounding") != "stochastic":
+            remedies.insert(0, "--rounding stochastic keeps the mean")
+        if any(tensor.target.dtype == "BF16" for tensor in self.plan.computed):
+            remedies.insert(0, "--dtype fp16 is finer")
+        return f"; {', '.join(remedies)}"
+
+    def _of_residual(self) -> tuple[str, ...]:
+        if self.residual is None:
+            return ()
+        left_out = list(self.residual["left_out"])
+        said = f"; without {len(left_out)} others (the first: {left_out[0]})" if left_out else ""
+        return (
+            f"what rounding lost of {self.residual['weights']} weights is in '{self.residual['path']}': load it beside "
+            f"the result{said}",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data, for `--json` and `lorakit.json`."""
@@ -113,6 +131,9 @@ class MergeReport:
             "unplaced": list(self.unplaced),
             "notes": list(self.notes),
             "resumed": list(self.resumed),
+            "residual": None if self.residual is None else dict(self.residual),
+            "undo_bytes": self.undo,
+            "pushed": self.pushed,
             "companions": {companion.name: str(companion.source) for companion in self.companions},
         }
 

@@ -41,7 +41,13 @@ def test_errors_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert error["message"] == "there is no adapter folder '/no/such/adapter', and no such name in the store"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["mix", "--help"], ["merge"], ["mix", "x=y"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"], ["merge", "--help"], ["mix", "--help"], ["verify", "--help"], ["unmerge", "--help"], ["merge"],
+        ["mix", "x=y"], ["unmerge", "x"],
+    ],
+)  # fmt: skip
 def test_help_and_usage_errors_import_no_torch(arguments: list[str]) -> None:
     program = (
         "import sys, lorakit.cli\n"
