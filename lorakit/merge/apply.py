@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -17,6 +18,7 @@ from lorakit.merge.steps import AddProduct, AddStored, ByPeft, Dora, Matrix, Ste
 # the threads that PEFT would have; but a large one in float64 is cut, and may differ from PEFT's in its last bit.
 THIN = 32
 LARGE = 1 << 22  # elements
+ONE_GO = 128  # the ranks up to which MKL sums a product up before it adds it to what is there
 
 
 class Memory(threading.local):
@@ -109,9 +111,23 @@ class Stepper:
     def _add_product(self, step: AddProduct, total: torch.Tensor, first: int) -> torch.Tensor:
         rows = step.shape[0]
         begin, end = max(first, step.first_row), min(first + len(total), step.first_row + rows)
-        if begin < end:
-            total[begin - first : end - first].add_(self._delta(step, begin - step.first_row, end - begin))
+        if begin >= end:
+            return total
+        changed = total[begin - first : end - first]
+        if self._goes_in_one(step):
+            b, a = self._factors(step)
+            mine = b[begin - step.first_row : end - step.first_row]
+            torch.addmm(changed, mine, a, alpha=step.factor, out=changed)
+        else:
+            changed.add_(self._delta(step, begin - step.first_row, end - begin))
         return total
+
+    def _goes_in_one(self, step: AddProduct) -> bool:
+        """Whether product, factor and sum can be one call, a third faster, with the same bits: a factor that is a
+        power of two rounds nothing, and a product that is summed up in one go is there before it is added.
+        """
+        is_power_of_two = abs(math.frexp(step.factor)[0]) == 0.5
+        return is_power_of_two and step.rank <= ONE_GO and not step.transposed and not self._is_whole(step)
 
     def _delta(self, step: AddProduct, first: int, count: int) -> torch.Tensor:
         """Rows of factor · B A, or of its transpose; in a buffer that the next call uses again."""

@@ -18,6 +18,8 @@ from lorakit.merge.plan import ComputeTensor
 from lorakit.merge.steps import AddProduct, matrix
 
 SIDES = st.integers(1, 40) | st.integers(41, 700)
+RANKS = st.integers(1, 70) | st.integers(120, 140)
+FACTORS = st.floats(-4, 4) | st.sampled_from([1.0, 2.0, -0.5, 0.0])  # powers of two go another way
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
@@ -39,10 +41,10 @@ def written(computed: ComputeTensor) -> bytes:
     return bytes(output.content)
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(
-    rows=SIDES, columns=SIDES, ranks=st.lists(st.integers(1, 70), min_size=1, max_size=3), dtype=DTYPES,
-    elements=st.integers(1, 60_000), transposed=st.booleans(), factor=st.floats(-4, 4), seed=st.integers(0, 9),
+    rows=SIDES, columns=SIDES, ranks=st.lists(RANKS, min_size=1, max_size=3), dtype=DTYPES, seed=st.integers(0, 9),
+    elements=st.integers(1, 60_000), transposed=st.booleans(), factor=FACTORS,
 )  # fmt: skip
 def test_blocks_have_the_bits_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, ranks: list[int], dtype: torch.dtype,
