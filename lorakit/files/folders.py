@@ -83,6 +83,15 @@ def _rename_for_good(folder: Path, target: Path) -> None:
 
 def _abandoned_folder(parent: Path, prefix: str, wanted: Callable[[Path], bool]) -> tuple[Path, int] | None:
     """A folder that nobody holds locked and that is wanted, locked now."""
+    for folder, lock in _abandoned(parent, prefix):
+        if folder.is_dir() and wanted(folder):
+            return folder, lock
+        os.close(lock)
+    return None
+
+
+def _abandoned(parent: Path, prefix: str) -> Iterator[tuple[Path, int]]:
+    """Folders that nobody holds locked, each with the lock that is held on it now: the caller closes it."""
     for folder in sorted(parent.glob(f"{_literal(prefix)}*")):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -93,10 +102,7 @@ def _abandoned_folder(parent: Path, prefix: str, wanted: Callable[[Path], bool])
         except OSError:
             os.close(lock)
             continue
-        if folder.is_dir() and wanted(folder):
-            return folder, lock
-        os.close(lock)
-    return None
+        yield folder, lock
 
 
 def _locked_folder(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
@@ -138,19 +144,9 @@ def refuse_existing(target: Path) -> None:
 
 def clear_abandoned(parent: Path, prefix: str) -> None:
     """Remove the folders that killed writers left behind: those that nobody holds locked."""
-    for folder in parent.glob(f"{_literal(prefix)}*"):
-        try:
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(handle)
+    for folder, lock in _abandoned(parent, prefix):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _literal(name: str) -> str:
