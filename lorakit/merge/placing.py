@@ -39,6 +39,7 @@ class Placer:
         self.ensured_tied = False
         self.missing: list[str] = []  # what an adapter's config speaks of and its file lacks
         self.placements: dict[tuple[Path, str], Placement] = {}
+        self._weights_of: dict[tuple[Path, str], list[str]] = {}
         self._unplaced: dict[tuple[Path, str], str] = {}
 
     def place(self, adapter: Adapter) -> None:
@@ -66,9 +67,13 @@ class Placer:
         self.steps.setdefault(weight, []).append(step)
 
     def enter(self, stored: StoredTensor, weight: str, role: str) -> None:
-        """Say where a tensor went; a second place for the same one is a mistake of ours, not of the adapter's."""
-        placement = Placement(str(stored.file.parent), stored.name, weight, role)
-        self.placements[stored.file, stored.name] = placement
+        """Say where a tensor went: into one weight, or, with the factors of all experts of a layer, into several."""
+        key = stored.file, stored.name
+        weights = self._weights_of.setdefault(key, [])
+        if weight not in weights:
+            weights.append(weight)
+        where = weight if len(weights) == 1 else f"{weights[0]} and {len(weights) - 1} more"
+        self.placements[key] = Placement(str(stored.file.parent), stored.name, where, role)
 
     def leave_out(self, stored: StoredTensor, reason: str) -> None:
         self._unplaced[stored.file, stored.name] = reason
