@@ -13,19 +13,9 @@ import numpy as np
 import pytest
 
 from tests.cli.commands import lorakit
-from tests.folders import base_tensors, factors, leftovers, linear_modules, stored, write_adapter, write_base
+from tests.folders import base_tensors, factors, leftovers, linear_modules, stored
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return write_base(tmp_path / "base", shards=2)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path, base: Path) -> Path:
-    return write_adapter(tmp_path / "adapter", base_model_name_or_path=str(base))
 
 
 def expected(base: Path, adapter: Path, weight: float = 1.0) -> dict[str, Any]:

@@ -10,19 +10,9 @@ import numpy as np
 import pytest
 
 from tests.cli.commands import lorakit
-from tests.folders import stored, write_adapter, write_base
+from tests.folders import stored
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return write_base(tmp_path / "base", shards=2)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path, base: Path) -> Path:
-    return write_adapter(tmp_path / "adapter", base_model_name_or_path=str(base))
 
 
 def test_the_base_comes_back(capsys: Capture, base: Path, adapter: Path, tmp_path: Path) -> None:

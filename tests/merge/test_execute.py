@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from lorakit.errors import Conflict, InvalidFile, OutOfSpace
 from lorakit.files.safetensors import StoredTensor, planned_header
 from lorakit.merge import execute, merge
 from lorakit.merge.plan import CopyTensor
+from tests.disks import small_disk_at
 from tests.folders import leftovers, linear_modules, stored, write_adapter, write_base
 
 CUT_SHORT = """
@@ -109,14 +110,9 @@ def test_a_full_disk_is_said_and_nothing_is_left(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> object:
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = shutil.which("mount") and os.geteuid() == 0
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place]).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield place
-    subprocess.run(["umount", place], check=True)
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk_at(tmp_path / "small", 64) as place:
+        yield place
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work(base: Path, adapter: Path, small_disk: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from lorakit.errors import Conflict, OutOfSpace, Refused
 from lorakit.merge import merge as module
 from lorakit.merge.merge import MergeReport, merge
+from tests.disks import small_disk_at
 from tests.folders import base_tensors, factors, leftovers, linear_modules, write_adapter, write_base
 from tests.merge.cut_short import Runner, disk_full_at, each_write
 
@@ -224,13 +225,8 @@ def test_out_of_space_at_every_write(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = shutil.which("mount") and os.geteuid() == 0
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", place]).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_disk_at(tmp_path / "small", 128) as place:
+        yield place
 
 
 @pytest.mark.parametrize("kilobytes", range(72, 128, 8))
