@@ -23,8 +23,17 @@ if TYPE_CHECKING:
     from lorakit.merge.unmerge import unmerge as unmerge
     from lorakit.merge.verify import VerifyReport as VerifyReport
     from lorakit.merge.verify import verify as verify
-    from lorakit.mix.mix import MixReport as MixReport
+    from lorakit.mix.compare import CompareReport as CompareReport
+    from lorakit.mix.compare import compare as compare
+    from lorakit.mix.diff import DiffReport as DiffReport
+    from lorakit.mix.diff import diff as diff
+    from lorakit.mix.extraction.extract import extract as extract
+    from lorakit.mix.extraction.report import ExtractReport as ExtractReport
     from lorakit.mix.mix import mix as mix
+    from lorakit.mix.report import MixReport as MixReport
+    from lorakit.mix.search import SearchReport as SearchReport
+    from lorakit.mix.search import search as search
+    from lorakit.mix.shrink import shrink as shrink
 
 _HOME = {
     "Adapter": "lorakit.adapters.adapter",
@@ -37,8 +46,17 @@ _HOME = {
     "unmerge": "lorakit.merge.unmerge",
     "VerifyReport": "lorakit.merge.verify",
     "verify": "lorakit.merge.verify",
-    "MixReport": "lorakit.mix.mix",
+    "ExtractReport": "lorakit.mix.extraction.report",
+    "extract": "lorakit.mix.extraction.extract",
+    "MixReport": "lorakit.mix.report",
     "mix": "lorakit.mix.mix",
+    "SearchReport": "lorakit.mix.search",
+    "search": "lorakit.mix.search",
+    "shrink": "lorakit.mix.shrink",
+    "CompareReport": "lorakit.mix.compare",
+    "compare": "lorakit.mix.compare",
+    "DiffReport": "lorakit.mix.diff",
+    "diff": "lorakit.mix.diff",
 }
 
 __all__ = ["__version__", *_HOME]

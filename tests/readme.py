@@ -11,4 +11,5 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks(language: str) -> list[str]:
     """The fenced blocks of one language; the empty one for those without."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    return [block for name, block in fenced if name == language]

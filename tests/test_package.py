@@ -11,8 +11,9 @@ import pytest
 import lorakit
 
 PROMISED = [
-    "Adapter", "Delta", "LorakitError", "MergeReport", "MixReport", "UnmergeReport", "VerifyReport", "load_adapter",
-    "merge", "mix", "unmerge", "verify",
+    "Adapter", "CompareReport", "Delta", "DiffReport", "ExtractReport", "LorakitError", "MergeReport", "MixReport",
+    "SearchReport", "UnmergeReport", "VerifyReport", "compare", "diff", "extract", "load_adapter", "merge", "mix",
+    "search", "shrink", "unmerge", "verify",
 ]  # fmt: skip
 
 

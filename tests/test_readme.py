@@ -10,7 +10,7 @@ import pytest
 
 from lorakit.cli.main import VERBS
 from tests.cli.commands import lorakit
-from tests.folders import write_adapter, write_base
+from tests.folders import base_tensors, write_adapter, write_base
 from tests.readme import README, ROOT, blocks
 
 
@@ -18,6 +18,8 @@ from tests.readme import README, ROOT, blocks
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folders that the README speaks of; those that are verified or unmerged are there already."""
     base = write_base(tmp_path / "models" / "llama")
+    write_base(tmp_path / "models" / "tuned", {name: 1.01 * value for name, value in base_tensors().items()})
+    (tmp_path / "score.py").write_text(next(block for block in blocks("python") if "score.py" in block))
     for name in ("runs/sql/checkpoint-500", "runs/chat"):
         write_adapter(tmp_path / name, base_model_name_or_path=str(base))
     monkeypatch.chdir(tmp_path)
@@ -39,6 +41,9 @@ def test_every_command_does_what_it_says(
     arguments = [*command[1:], "--dry-run"] if command[1] == "serve" else command[1:]
     if command[1] in ("verify", "unmerge"):
         assert lorakit(capsys, "merge", "runs/chat", "--out", "merged").code == 0
+    if command[1] in ("show", "diff"):
+        assert lorakit(capsys, "mix", "runs/sql/checkpoint-500=0.7", "runs/chat=0.3", "--out", "mixed").code == 0
+        assert lorakit(capsys, "shrink", "mixed", "--rank", "1", "--out", "small").code == 0
     ended = lorakit(capsys, *arguments)
     assert ended.code == 0, ended.err
     if "--out" in command:

@@ -8,58 +8,52 @@ mixed.save("mixed")
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.config import AdapterConfig, read_config, require_plain_lora
+from lorakit.adapters.config import AdapterConfig, ensure_plain, read_config
 from lorakit.adapters.delta import Delta, Kind, Term
-from lorakit.adapters.keys import FACTORS, Key, is_base_copy, parse_key
-from lorakit.errors import Conflict, Incomplete, InvalidFile, NotFound, UnsupportedAdapter
-from lorakit.files.folders import FileState, file_state
+from lorakit.adapters.keys import FACTORS, Key, base_path, is_base_copy, parse_key
+from lorakit.adapters.patterns import chosen, weights_by_module
+from lorakit.adapters.source import Source, Stage
+from lorakit.adapters.trained import Blend, Trained
+from lorakit.errors import Incomplete, InvalidFile, NotFound, UnsupportedAdapter
+from lorakit.files.folders import file_state
 from lorakit.files.safetensors import StoredTensor, read_header
 from lorakit.files.tensors import same_bytes
 
 if TYPE_CHECKING:
-    from lorakit.mix.mix import MixReport
+    from lorakit.mix.report import MixReport
 
 WEIGHTS = "adapter_model.safetensors"
 UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' sentinel while a checkpoint is written on SIGTERM
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A folder that an adapter was read from, and the weight it was given in a sum."""
-
-    folder: Path
-    config: AdapterConfig
-    file: Path
-    state: FileState
-    weight: float = 1.0
-
-    def ensure_unchanged(self) -> None:
-        """Raises Conflict when the file was written again since its header was read."""
-        if file_state(self.file) != self.state:
-            raise Conflict(f"'{self.file}' was written again while it was read: start anew when its writer is done")
+Weight = float | Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Deltas by module path, tensors that are no low-rank factors, and where all of it came from."""
+    """Deltas by module path, what is added to biases, and where all of it came from.
+
+    `others` are the stored tensors that are neither. `trained` are tensors in the place of the base's, to be written
+    with it. With `own_ranks` each module is written with its own rank, else all with the largest. Nothing is computed
+    until it is asked for.
+    """
 
     deltas: Mapping[str, Delta]
-    sources: tuple[Source, ...]
+    sources: tuple[Source | Stage, ...]
     others: tuple[StoredTensor, ...] = ()
-    report: MixReport | None = field(default=None, compare=False)
+    config: AdapterConfig = field(default_factory=AdapterConfig)
+    biases: Mapping[str, Blend] = field(default_factory=dict)
+    trained: Trained = field(default_factory=Trained)
+    own_ranks: bool = False
+    reported: Callable[[], MixReport] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
-        return " + ".join(f"{source.folder}" for source in self.sources)
-
-    @property
-    def config(self) -> AdapterConfig:
-        return self.sources[0].config
+        return " + ".join(f"{source.folder}" for source in self.files())
 
     @property
     def base(self) -> str | None:
@@ -75,6 +69,16 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         return tuple(self.deltas)
 
+    @property
+    def report(self) -> MixReport | None:
+        """What was done to make it, and how exact it was; None of what was only read or added up."""
+        return None if self.reported is None else self.reported()
+
+    def files(self) -> tuple[Source, ...]:
+        """The folders that it was read from, each once."""
+        every = (file for source in self.sources for file in source.files())
+        return tuple({(file.file, file.state): file for file in every}.values())
+
     def delta(self, module: str) -> Delta:
         """What the adapter adds to one module.
 
@@ -89,58 +93,128 @@ class Adapter:
             raise NotFound(f"adapter '{self.name}' has no delta for '{module}'; nearest: {', '.join(near) or 'none'}")
         return self.deltas[path]
 
-    def require_plain(self, *, work: str) -> None:
-        """Raises UnsupportedAdapter when there is more in it than low-rank factors and PEFT's copies of the base."""
-        for source in self.sources:
-            others = [
-                stored.name for stored in self.others if stored.file == source.file and not is_base_copy(stored.name)
-            ]
-            require_plain_lora(source.config, str(source.folder), others, work=work)
+    def ensure_stored(self, *, work: str) -> None:
+        """Raises UnsupportedAdapter when it is more than a weighted sum of folders: only those can be named again."""
+        if self.trained or any(isinstance(source, Stage) or source.parts for source in self.sources):
+            raise UnsupportedAdapter(
+                f"an adapter that was computed from '{self.name}' can't be {work} itself: save it, and name that folder"
+            )
+
+    def plain(self, *, work: str) -> Adapter:
+        """Itself as deltas: an adapter of another method of PEFT becomes one where its change is exactly of low rank.
+
+        Raises:
+            UnsupportedAdapter: there is more in it than deltas, biases of lora_B, and PEFT's copies of the base.
+        """
+        if self.config.peft_type != "LORA":
+            from lorakit.adapters.plain import as_lora
+
+            return as_lora(self).plain(work=work)
+        others = [stored.name for stored in self.others if not is_base_copy(stored.name)]
+        ensure_plain(self.config, self.name, others, work=work, besides=frozenset({"lora_bias"}))
+        return self
 
     def ensure_unchanged(self) -> None:
         """Raises Conflict when a file was written again since it was opened."""
         for source in self.sources:
             source.ensure_unchanged()
 
-    def scaled(self, weight: float) -> Adapter:
-        """Raises UnsupportedAdapter when there is more in it than low-rank factors."""
-        self.require_plain(work="scaled")
-        return self.weighted(weight)
+    def scaled(self, weight: Weight) -> Adapter:
+        """Its deltas times `weight`, or each module's times the weight of the first pattern that names it.
 
-    def weighted(self, weight: float) -> Adapter:
-        """Its deltas times `weight`; what is no delta stays as it is."""
+        Raises:
+            UnsupportedAdapter: there is more in it than deltas.
+            UsageError: a module has no weight, or a pattern no module; see `weights_by_module`.
+        """
+        return self.plain(work="scaled").weighted(weight)
+
+    def weighted(self, weight: Weight) -> Adapter:
+        """Its deltas and biases times `weight`; what is neither stays as it is."""
+        if isinstance(weight, Mapping):
+            return self._weighted_by_module(weight)
         return replace(
             self,
             deltas={module: delta.scaled(weight) for module, delta in self.deltas.items()},
+            biases={module: bias.scaled(weight) for module, bias in self.biases.items()},
             sources=tuple(replace(source, weight=source.weight * weight) for source in self.sources),
-            report=None,
+            reported=None,
+        )
+
+    def _weighted_by_module(self, patterns: Mapping[str, float]) -> Adapter:
+        weights = weights_by_module(patterns, self.deltas, self.name)
+        said = ", ".join(f"{pattern}={weight:g}" for pattern, weight in patterns.items())
+        return replace(
+            self,
+            deltas={module: delta.scaled(weights[module]) for module, delta in self.deltas.items()},
+            biases={module: bias.scaled(weights[module]) for module, bias in self.biases.items()},
+            sources=tuple(replace(source, parts=(*source.parts, said)) for source in self.sources),
+            reported=None,
+        )
+
+    def only(self, *patterns: str) -> Adapter:
+        """The modules that any of the patterns names: `*.mlp.*`, or the end of a path, `q_proj`.
+
+        Raises:
+            NotFound: a pattern names none.
+            UnsupportedAdapter: there is more in it than deltas.
+        """
+        adapter = self.plain(work="taken apart")
+        return adapter._of(chosen(patterns, adapter.deltas, self.name), f"only {', '.join(patterns)}")
+
+    def without(self, *patterns: str) -> Adapter:
+        """All modules but those that any of the patterns names; see `only`."""
+        adapter = self.plain(work="taken apart")
+        out = chosen(patterns, adapter.deltas, self.name)
+        return adapter._of(adapter.deltas.keys() - out, f"without {', '.join(patterns)}")
+
+    def _of(self, modules: Iterable[str], said: str) -> Adapter:
+        kept = frozenset(modules)
+        return replace(
+            self,
+            deltas={module: delta for module, delta in self.deltas.items() if module in kept},
+            biases={module: bias for module, bias in self.biases.items() if module in kept},
+            others=tuple(stored for stored in self.others if base_path(stored.name).removesuffix(".weight") in kept),
+            sources=tuple(replace(source, parts=(*source.parts, said)) for source in self.sources),
+            reported=None,
         )
 
     def plus(self, other: Adapter) -> Adapter:
-        """The exact sum: factors are stacked, whatever the ranks and modules.
+        """The exact sum: factors are stacked, whatever the ranks and modules; biases of `lora_bias` are added up.
 
         Raises:
-            UnsupportedAdapter: one of them has more than low-rank factors.
+            UnsupportedAdapter: one of them has more than deltas.
             WrongBase: a module has different shapes in the two.
         """
-        self.require_plain(work="mixed")
-        other.require_plain(work="mixed")
-        deltas = dict(self.deltas)
-        for module, delta in other.deltas.items():
+        mine, theirs = self.plain(work="mixed"), other.plain(work="mixed")
+        for adapter in (mine, theirs):
+            if adapter.trained:
+                raise UnsupportedAdapter(
+                    f"adapter '{adapter.name}' holds trained copies of the base's weights, which can't be added up: "
+                    f"lorakit.mix(..., trained='average') averages them"
+                )
+        deltas, biases = dict(mine.deltas), dict(mine.biases)
+        for module, delta in theirs.deltas.items():
             deltas[module] = deltas[module].plus(delta, module=module) if module in deltas else delta
-        return Adapter(deltas, _added_up(self.sources + other.sources), _agreed(self.others, other.others))
+        for module, bias in theirs.biases.items():
+            biases[module] = biases[module].plus(bias, name=module) if module in biases else bias
+        return Adapter(
+            deltas, _added_up(mine.sources + theirs.sources), _agreed(mine.others, theirs.others), mine.config, biases,
+            own_ranks=mine.own_ranks or theirs.own_ranks,
+        )  # fmt: skip
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a PEFT folder that PEFT and vLLM load. Whole or not at all.
 
         Raises:
-            Conflict: `folder` exists.
+            Conflict: `folder` exists, or a source was written again since it was opened.
         """
         from lorakit.adapters.writing import save_adapter
 
         return save_adapter(self, Path(folder))
 
-    def __mul__(self, weight: float) -> Adapter:
+    def __mul__(self, weight: Weight) -> Adapter:
+        if isinstance(weight, Mapping):
+            return self.scaled(weight)
         return self.scaled(float(weight)) if isinstance(weight, int | float) else NotImplemented
 
     __rmul__ = __mul__
@@ -162,16 +236,15 @@ class Adapter:
         return self if other == 0 else NotImplemented
 
     def __repr__(self) -> str:
-        return f"Adapter({self.name!r}, rank={self.rank}, modules={len(self.deltas)})"
+        known = all(delta.known_rank is not None for delta in self.deltas.values())
+        return f"Adapter({self.name!r}, rank={self.rank if known else '?'}, modules={len(self.deltas)})"
 
 
-def _added_up(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    together: dict[tuple[Path, FileState], Source] = {}
+def _added_up(sources: tuple[Source | Stage, ...]) -> tuple[Source | Stage, ...]:
+    together: dict[Any, Source | Stage] = {}
     for source in sources:
-        same = together.get((source.file, source.state))
-        together[source.file, source.state] = (
-            source if same is None else replace(same, weight=same.weight + source.weight)
-        )
+        same = together.get(source.key)
+        together[source.key] = source if same is None else replace(same, weight=same.weight + source.weight)
     return tuple(together.values())
 
 
@@ -214,7 +287,23 @@ def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
     deltas, others = deltas_of(header.tensors.values(), config, path)
     if not deltas and not others:
         raise InvalidFile(f"'{path / WEIGHTS}' holds no tensor")
-    return Adapter(deltas, (source,), others)
+    biases, others = _biases_of(deltas, others, config)
+    return Adapter(deltas, (source,), others, config, biases)
+
+
+def _biases_of(
+    deltas: Mapping[str, Delta], others: tuple[StoredTensor, ...], config: AdapterConfig
+) -> tuple[dict[str, Blend], tuple[StoredTensor, ...]]:
+    """`lora_bias`: scale · (the bias of lora_B) is added to the module's own; and the tensors that are none."""
+    biases: dict[str, Blend] = {}
+    rest: list[StoredTensor] = []
+    for stored in others:
+        key = parse_key(stored.name)
+        if key.part == "lora_B_bias" and key.module in deltas and config.peft_type == "LORA":
+            biases[key.module] = Blend(((stored, config.scale_of(key.module)),))
+        else:
+            rest.append(stored)
+    return biases, tuple(rest)
 
 
 def deltas_of(tensors: Any, config: AdapterConfig, folder: Path) -> tuple[dict[str, Delta], tuple[StoredTensor, ...]]:

@@ -68,7 +68,8 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
     rank = take("r", int, 0)
     if peft_type == "LORA" and rank < 1:
         raise InvalidFile(f"'{file}': r is {raw.get('r')!r}, and has to be a whole number above 0")
-    rank_pattern = take("rank_pattern", dict, {})
+    # AdaLoRA writes there which of its directions it kept, module by module: lists, which `raw` has
+    rank_pattern = {} if peft_type == "ADALORA" else take("rank_pattern", dict, {})
     alpha_pattern = take("alpha_pattern", dict, {})
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         for key, value in pattern.items():
@@ -115,37 +116,59 @@ def _matches(key: str, module: str) -> bool:
         return key == module
 
 
-def beyond_plain_lora(config: AdapterConfig) -> list[str]:
-    """What of this config asks for more than W + scale · B A, in words. Empty for plain LoRA."""
+def beyond_plain_lora(config: AdapterConfig) -> dict[str, str]:
+    """What of this config asks for more than W + scale · B A: the field, and words for it. Empty for plain LoRA."""
     raw = config.raw
     if config.peft_type != "LORA":
-        return [f"peft_type {config.peft_type}"]
-    found = [
-        name
+        return {"peft_type": f"peft_type {config.peft_type}"}
+    found = {
+        name: name
         for name in (
             "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices",
             "target_parameters", "layer_replication", "kasa_config", "arrow_config", "modules_to_save",
         )
         if raw.get(name)
-    ]  # fmt: skip
+    }  # fmt: skip
     if raw.get("bias", "none") != "none":
-        found.append(f"bias '{raw['bias']}'")
+        found["bias"] = f"bias '{raw['bias']}'"
     init = raw.get("init_lora_weights", True)
     if init is not None and str(init).lower() not in PLAIN_INITS:
-        found.append(f"init_lora_weights '{init}'")
+        found["init_lora_weights"] = f"init_lora_weights '{init}'"
     return found
 
 
-def require_plain_lora(config: AdapterConfig, name: str, others: Iterable[str], *, work: str) -> None:
-    """Stop before anything is written when there is more in an adapter than low-rank factors.
+AVERAGED = frozenset({"modules_to_save", "trainable_token_indices", "bias"})  # trained copies, which have no delta
+
+
+def ensure_plain(
+    config: AdapterConfig, name: str, others: Iterable[str], *, work: str, besides: frozenset[str] = frozenset()
+) -> None:
+    """Stop before anything is written when there is more in an adapter than what can be added up.
+
+    `besides` are the fields of a config that are taken care of.
 
     Raises:
-        UnsupportedAdapter: names what there is.
+        UnsupportedAdapter: names what there is, and what helps.
     """
-    found = beyond_plain_lora(config)
+    beyond = {feature: words for feature, words in beyond_plain_lora(config).items() if feature not in besides}
+    found = list(beyond.values())
     rest = sorted(others)
     if rest:
         shown = ", ".join(rest[:4]) + (f" and {len(rest) - 4} more" if len(rest) > 4 else "")
         found.append(f"the tensors {shown}")
     if found:
-        raise UnsupportedAdapter(f"adapter '{name}' can't be {work} exactly: it has {'; '.join(found)}")
+        raise UnsupportedAdapter(
+            f"adapter '{name}' can't be {work} exactly: it has {'; '.join(found)}: {_cure(beyond)}"
+        )
+
+
+def _cure(beyond: Mapping[str, str]) -> str:
+    if beyond and beyond.keys() <= AVERAGED:
+        return (
+            "these are trained copies of the base's values, which no weight scales; to average them between adapters, "
+            "ask for it (mix --trained average)"
+        )
+    return (
+        "merge it into its base (lorakit merge), or approximate it by plain LoRA "
+        "(lorakit extract ADAPTER --base BASE --rank N)"
+    )

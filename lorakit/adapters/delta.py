@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit.errors import WrongBase
+from lorakit.errors import UnsupportedAdapter, WrongBase
 from lorakit.files.safetensors import StoredTensor
 from lorakit.files.tensors import load_tensor
 
@@ -29,9 +31,59 @@ class Term:
         return self.A.shape[0]
 
     @property
+    def known_rank(self) -> int:
+        return self.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of B A."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
     def factor(self) -> float:
         """What B A is multiplied by."""
         return self.weight * self.scale
+
+    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B and A as they are stored."""
+        return load_tensor(self.B), load_tensor(self.A)
+
+    @property
+    def key(self) -> Any:
+        """Equal for terms that differ in their weight alone."""
+        return self.B, self.A, self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """weight · B A, with factors of a known product's shape that are computed when they are first asked for, and kept.
+
+    `known_rank` is what can be said of the rank without computing them.
+    """
+
+    shape: tuple[int, int]
+    load: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    weight: float = 1.0
+    known_rank: int | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.load()[1].shape[0] if self.known_rank is None else self.known_rank
+
+    @property
+    def factor(self) -> float:
+        return self.weight
+
+    @property
+    def key(self) -> Any:
+        return self.load
+
+
+def made(
+    shape: tuple[int, int], make: Callable[[], tuple[torch.Tensor, torch.Tensor]], rank: int | None = None
+) -> Made:
+    """A term whose factors `make` gives, asked once: B (out, r) and A (r, in) of the product's `shape`."""
+    return Made(shape, cache(make), known_rank=rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +94,19 @@ class Delta:
     so there `A` is (r, vocabulary) and `B` is (features, r).
     """
 
-    terms: tuple[Term, ...]
+    terms: tuple[Term | Made, ...]
     kind: Kind = "linear"
+
+    @property
+    def stored(self) -> tuple[Term, ...]:
+        """The terms, all of them on disk.
+
+        Raises:
+            UnsupportedAdapter: one was computed.
+        """
+        if not all(isinstance(term, Term) for term in self.terms):
+            raise UnsupportedAdapter("an adapter that was computed can't be merged: save it, and merge that folder")
+        return tuple(term for term in self.terms if isinstance(term, Term))
 
     @property
     def rank(self) -> int:
@@ -51,9 +114,15 @@ class Delta:
         return sum(term.rank for term in self.terms)
 
     @property
+    def known_rank(self) -> int | None:
+        """`rank` where it is known without computing factors."""
+        ranks = [term.known_rank for term in self.terms]
+        return None if None in ranks else sum(rank for rank in ranks if rank is not None)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Of the dense delta, as the base stores such a weight: (out, in), or (vocabulary, features)."""
-        out, into = self.terms[0].B.shape[0], self.terms[0].A.shape[1]
+        out, into = self.terms[0].shape
         return (into, out) if self.kind == "embedding" else (out, into)
 
     @property
@@ -67,8 +136,8 @@ class Delta:
         import torch
 
         if len(self.terms) == 1:
-            return load_tensor(self.terms[0].A)
-        return torch.cat([_wide(term.A) for term in self.terms])
+            return self.terms[0].load()[1]
+        return torch.cat([_wide(term.load()[1]) for term in self.terms])
 
     @property
     def B(self) -> torch.Tensor:
@@ -76,30 +145,24 @@ class Delta:
         import torch
 
         if len(self.terms) == 1:
-            return load_tensor(self.terms[0].B)
-        return torch.cat([(_wide(term.B).double() * term.factor).float() for term in self.terms], dim=1)
+            return self.terms[0].load()[0]
+        return torch.cat([(term.load()[0].double() * term.factor).float() for term in self.terms], dim=1)
 
     def dense(self) -> torch.Tensor:
         """The whole delta in float64, of `shape`."""
         import torch
 
-        total = torch.zeros(self.terms[0].B.shape[0], self.terms[0].A.shape[1], dtype=torch.float64)
+        total = torch.zeros(self.terms[0].shape, dtype=torch.float64)
         for term in self.terms:
-            total += term.factor * (load_tensor(term.B).double() @ load_tensor(term.A).double())
+            b, a = term.load()
+            total += term.factor * (b.double() @ a.double())
         return total.T.contiguous() if self.kind == "embedding" else total
 
     def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """U (m, k), S (k), Vh (k, n) of `dense()` in float64, k = min(rank, m, n), without forming it.
+        """U (m, k), S (k), Vh (k, n) of `dense()` in float64, k = min(rank, m, n), without forming it."""
+        from lorakit.adapters.truncation import product_svd
 
-        QR of each stacked factor, then an SVD of the small core R_B R_Aᵀ.
-        """
-        import torch
-
-        left, right = self.stacked()
-        q_left, r_left = torch.linalg.qr(left)
-        q_right, r_right = torch.linalg.qr(right.T)
-        u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-        u, vh = q_left @ u, vh @ q_right.T
+        u, s, vh = product_svd(*self.stacked())
         return (vh.T, s, u.T) if self.kind == "embedding" else (u, s, vh)
 
     def norm(self) -> float:
@@ -111,8 +174,9 @@ class Delta:
         """B̂ (out, Σr) with each term's scale and weight in it, and Â (Σr, in), in float64."""
         import torch
 
-        left = torch.cat([load_tensor(term.B).double() * term.factor for term in self.terms], dim=1)
-        right = torch.cat([load_tensor(term.A).double() for term in self.terms])
+        loaded = [(*term.load(), term.factor) for term in self.terms]
+        left = torch.cat([b.double() * factor for b, _, factor in loaded], dim=1)
+        right = torch.cat([a.double() for _, a, _ in loaded])
         return left, right
 
     def scaled(self, weight: float) -> Delta:
@@ -129,23 +193,32 @@ class Delta:
                 f"'{module}' is {self.kind} {list(self.shape)} in one adapter and {other.kind} {list(other.shape)} "
                 f"in another: they were made for different bases"
             )
-        terms = {(term.B, term.A, term.scale): term for term in self.terms}
+        terms = {term.key: term for term in self.terms}
         for term in other.terms:
-            same = terms.get((term.B, term.A, term.scale))
-            terms[term.B, term.A, term.scale] = (
-                term if same is None else replace(same, weight=same.weight + term.weight)
-            )
+            same = terms.get(term.key)
+            terms[term.key] = term if same is None else replace(same, weight=same.weight + term.weight)
         return replace(self, terms=tuple(terms.values()))
 
     def __mul__(self, weight: float) -> Delta:
-        return self.scaled(float(weight))
+        return self.scaled(float(weight)) if isinstance(weight, int | float) else NotImplemented
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Delta:
+        return self.scaled(1 / divisor)
 
-def _wide(stored: StoredTensor) -> torch.Tensor:
+    def __neg__(self) -> Delta:
+        return self.scaled(-1.0)
+
+    def __add__(self, other: Delta) -> Delta:
+        return self.plus(other, module="delta") if isinstance(other, Delta) else NotImplemented
+
+    def __sub__(self, other: Delta) -> Delta:
+        return self + other.scaled(-1.0) if isinstance(other, Delta) else NotImplemented
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
     """At least float32."""
     import torch
 
-    tensor = load_tensor(stored)
     return tensor if tensor.dtype == torch.float64 else tensor.float()

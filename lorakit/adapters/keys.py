@@ -29,6 +29,8 @@ _OTHERS: tuple[tuple[re.Pattern[str], Part], ...] = (
     (_TOKEN_ROWS, "token_rows"),
 )
 _PREFIX = "base_model.model."
+# What PEFT puts between a module's path and its own tensors.
+_WRAPPING = re.compile(r"\.(?:base_layer|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?)(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,8 @@ def factor_name(module: str, part: Part) -> str:
 def is_base_copy(name: str) -> bool:
     """Whether it is a whole embedding, which PEFT saves beside its factors: the base's rows, not a delta."""
     return name.endswith(".base_layer.weight")
+
+
+def base_path(name: str) -> str:
+    """The name in the base of a tensor that was trained in place of the base's, or is PEFT's copy of it."""
+    return _WRAPPING.sub("", name.removeprefix(_PREFIX))

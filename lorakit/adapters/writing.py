@@ -1,20 +1,22 @@
 """Write an adapter as a PEFT folder that PEFT and every vLLM load.
 
-One rank for all modules (vLLM before 0.32 ignores rank and alpha patterns), alpha = rank, each term's scale and weight
-in its B, rows of zeros where a module has a smaller rank: the deltas stay exactly what they were.
+alpha = rank, and each term's scale and weight in its B: the deltas stay exactly what they were. One rank for all
+modules, with rows of zeros where a module has a smaller one (vLLM before 0.32 ignores rank and alpha patterns), unless
+the adapter is to keep each module's own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import WEIGHTS, Adapter
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.keys import Part, factor_name
-from lorakit.files.digests import file_digest
+from lorakit.adapters.source import Source, Stage
+from lorakit.errors import UnsupportedAdapter
 from lorakit.files.folders import copy_range, whole_folder, write_all, write_json
 from lorakit.files.provenance import write_provenance
 from lorakit.files.safetensors import planned_header
@@ -23,73 +25,107 @@ from lorakit.files.tensors import tensor_bytes
 if TYPE_CHECKING:
     import torch
 
+_PREFIX = "base_model.model."
+
+Planned = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
 
 def save_adapter(adapter: Adapter, folder: Path, *, rename: Mapping[str, str] | None = None) -> Path:
     """Write `adapter` to `folder`, whole or not at all; `rename` gives modules other paths.
 
     Raises:
-        UnsupportedAdapter: there is more in it than low-rank factors.
+        UnsupportedAdapter: there is more in it than can be written as LoRA.
         Conflict: `folder` exists, or a source was written again meanwhile.
     """
-    adapter.require_plain(work="written")
+    adapter = adapter.plain(work="written")
     with whole_folder(folder) as beside:
+        report = adapter.report  # which computes all factors, on all cores
         write_adapter_files(adapter, beside, rename=rename)
+        operation, settings, parents = _made_by(adapter)
+        measured = {"truncation_error": report.truncation_error, "report": report.as_dict()} if report else {}
         write_provenance(
-            beside,
-            "mix" if adapter.report or len(adapter.sources) > 1 else "save",
-            parents=[
-                {"path": str(source.folder), "sha256": file_digest(source.file), "weight": source.weight}
-                for source in adapter.sources
-            ],
-            settings={"method": "linear", "rank": "exact"},
-            rank=adapter.rank,
-            truncation_error=0.0,
-            **({"report": adapter.report.as_dict()} if adapter.report else {}),
-        )
+            beside, operation, parents=parents, settings=settings, rank=adapter.rank,
+            **({"truncation_error": 0.0} | measured),
+        )  # fmt: skip
         adapter.ensure_unchanged()
     return folder
+
+
+def _made_by(adapter: Adapter) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """The last operation, its settings, and what it was done to."""
+    match adapter.sources:
+        case (Stage(operation=operation, settings=settings, sources=sources, weight=1.0, parts=()),):
+            return operation, dict(settings), [source.as_parent() for source in sources]
+        case (Source(weight=1.0, parts=()),) if adapter.report is None:
+            operation = "save"
+        case _:
+            operation = "mix"
+    return operation, {"method": "linear", "rank": "exact"}, [source.as_parent() for source in adapter.sources]
 
 
 def write_adapter_files(adapter: Adapter, folder: Path, *, rename: Mapping[str, str] | None = None) -> None:
     """`adapter_model.safetensors` and `adapter_config.json` into a folder that is there."""
     names = rename or {}
-    rank = adapter.rank
     deltas = {names.get(module, module): delta for module, delta in adapter.deltas.items()}
-    plan: list[tuple[str, str, tuple[int, ...]]] = [
-        (factor_name(module, part), "F32", shape)
-        for module, delta in deltas.items()
-        for part, shape in _shapes(delta, rank)
-    ]
+    biases = {names.get(module, module): bias for module, bias in adapter.biases.items()}
+    if biases and any(delta.kind == "embedding" for delta in deltas.values()):
+        raise UnsupportedAdapter(
+            f"adapter '{adapter.name}' has biases of lora_B and changes an embedding: PEFT has no lora_bias for "
+            f"embeddings, so one adapter can't hold both"
+        )
+    ranks = {module: max(1, delta.rank) for module, delta in deltas.items()}
+    largest = max(ranks.values(), default=1)
+    if not adapter.own_ranks:
+        ranks = dict.fromkeys(ranks, largest)
+    plan: list[Planned] = []
+    for module, delta in deltas.items():
+        plan += _planned(module, delta, ranks[module], with_bias=bool(biases))
+    trained = {_trained_name(path, deltas): blend for path, blend in adapter.trained.tensors.items()}
+    plan += [(name, blend.dtype, blend.shape) for name, blend in trained.items()]
+    plan += [(_rows_name(module), "F32", rows.shape) for module, rows in adapter.trained.rows.items()]
     plan += [(stored.name, stored.dtype, stored.shape) for stored in adapter.others]
     head, header = planned_header(folder / WEIGHTS, plan, {"format": "pt"})
     with (folder / WEIGHTS).open("xb") as stream:
         os.truncate(stream.fileno(), header.size)
         write_all(stream.fileno(), head, 0)
-        for name, tensor in _tensors(deltas, rank):
+        for name, tensor in _tensors(deltas, ranks):
             write_all(stream.fileno(), tensor_bytes(tensor), header.tensors[name].start)
+        for module, bias in biases.items():
+            write_all(stream.fileno(), tensor_bytes(bias.load()), header.tensors[_bias_name(module)].start)
+        for name, blend in trained.items():
+            write_all(stream.fileno(), tensor_bytes(blend.load().contiguous()), header.tensors[name].start)
+        for module, rows in adapter.trained.rows.items():
+            write_all(stream.fileno(), tensor_bytes(rows.load()), header.tensors[_rows_name(module)].start)
         for stored in adapter.others:
             with stored.file.open("rb") as source:
                 place = header.tensors[stored.name].start
                 copy_range(source.fileno(), stream.fileno(), stored.start, place, stored.nbytes)
-    write_json(folder / "adapter_config.json", _config(adapter, sorted(deltas), rank))
+    write_json(folder / "adapter_config.json", _config(adapter, ranks, bool(biases)))
 
 
 def _parts(delta: Delta) -> tuple[Part, Part]:
     return ("lora_embedding_A", "lora_embedding_B") if delta.kind == "embedding" else ("lora_A", "lora_B")
 
 
-def _shapes(delta: Delta, rank: int) -> Iterator[tuple[Part, tuple[int, int]]]:
+def _bias_name(module: str) -> str:
+    return f"{_PREFIX}{module}.lora_B.bias"
+
+
+def _planned(module: str, delta: Delta, rank: int, *, with_bias: bool) -> Iterator[Planned]:
     part_a, part_b = _parts(delta)
-    yield part_a, (rank, delta.terms[0].A.shape[1])
-    yield part_b, (delta.terms[0].B.shape[0], rank)
+    out, into = delta.terms[0].shape
+    yield factor_name(module, part_a), "F32", (rank, into)
+    yield factor_name(module, part_b), "F32", (out, rank)
+    if with_bias:  # PEFT gives every module one: zeros, which a truncated file holds already
+        yield _bias_name(module), "F32", (out,)
 
 
-def _tensors(deltas: Mapping[str, Delta], rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(deltas: Mapping[str, Delta], ranks: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
 
     for module, delta in deltas.items():
         part_a, part_b = _parts(delta)
-        missing = rank - delta.rank
+        missing = ranks[module] - delta.rank
         a = torch.nn.functional.pad(delta.A.float(), (0, 0, 0, missing))
         # scale · B in float64, rounded once: delta.scale is 1 where B holds the scales already
         b = torch.nn.functional.pad((delta.B.double() * delta.scale).float(), (0, missing))
@@ -97,22 +133,40 @@ def _tensors(deltas: Mapping[str, Delta], rank: int) -> Iterator[tuple[str, torc
         yield factor_name(module, part_b), b.contiguous()
 
 
-def _config(adapter: Adapter, modules: list[str], rank: int) -> dict[str, Any]:
-    raw = adapter.config.raw
+def _trained_name(path: str, targets: Collection[str]) -> str:
+    """PEFT wraps a module that it changes, and finds the module's own bias below the wrapping."""
+    module, _, leaf = path.rpartition(".")
+    return f"{_PREFIX}{module}.base_layer.{leaf}" if module in targets else f"{_PREFIX}{path}"
+
+
+def _rows_name(module: str) -> str:
+    return f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
+
+
+def _config(adapter: Adapter, ranks: Mapping[str, int], has_biases: bool) -> dict[str, Any]:
+    raw, trained = adapter.config.raw, adapter.trained
+    rank = max(ranks.values(), default=1)
+    # a path may be the end of another: PEFT takes the first pattern that fits, so the longest stand first
+    patterns = dict(sorted(ranks.items(), key=lambda item: -len(item[0])))
+    patterns = patterns if len(set(ranks.values())) > 1 else {}
     return {
+        "alpha_pattern": patterns,
         "base_model_name_or_path": adapter.base,
-        "bias": "none",
+        "bias": trained.bias,
         "fan_in_fan_out": adapter.config.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank,
+        "lora_bias": has_biases,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": list(trained.modules) or None,
         "peft_type": "LORA",
         "r": rank,
+        "rank_pattern": patterns,
         "revision": raw.get("revision"),
-        "target_modules": modules,
+        "target_modules": sorted(ranks),
         "task_type": raw.get("task_type"),
+        "trainable_token_indices": {module: list(rows.indices) for module, rows in trained.rows.items()} or None,
         "use_dora": False,
         "use_rslora": False,
     }

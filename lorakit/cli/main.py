@@ -22,6 +22,12 @@ VERBS = {
     "verify": "Merge again and compare: is a merged model what its sources give?",
     "unmerge": "Give the base of a merged model back, bit for bit.",
     "mix": "Mix adapters into one, exactly, without the base.",
+    "methods": "List the methods of mixing, and what they are good for.",
+    "shrink": "Give an adapter a smaller rank, and say what that lost.",
+    "compare": "Say how adapters lie to one another, before they are mixed.",
+    "diff": "Say what changed from one adapter to the next, tensor by tensor and delta by delta.",
+    "show": "Say what a folder holds, and what it was made of.",
+    "extract": "Write what a full fine-tune changed as an adapter of its base.",
     "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
 }
 

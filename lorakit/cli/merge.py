@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lorakit.cli.shared import dry_run_option, json_option, note, print_json, progress_bar, weighted
+from lorakit.cli.shared import device_option, dry_run_option, json_option, note, print_json, progress_bar, weighted
 from lorakit.errors import UsageError
 
 
@@ -14,7 +14,7 @@ from lorakit.errors import UsageError
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
 @click.option("--base", help="Model folder or hub id. Left out: the one that the adapter's config names.")
 @click.option("--out", type=click.Path(), help="The folder to write; it must not exist.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute.")
+@device_option
 @click.option(
     "--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
     help="What float tensors are written as.",

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,66 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def dry_run_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")(function)
+
+
+def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How the rank is chosen beside `--rank`, and how the file says it."""
+    for option in (
+        click.option(
+            "--own-ranks/--one-rank", default=None,
+            help="Each module with its own rank, which vLLM before 0.32 ignores (the default with --budget), or all "
+            "padded to one.",
+        ),
+        click.option("--budget", metavar="PARAMS", help="As much as fits into so many parameters: 20M, 500k."),
+        click.option("--energy", type=float, metavar="E", help="Keep this share of each module's squared norm: 0.99."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute."
+    )(function)
+
+
+def count(said: str | None) -> int | None:
+    """`20M` as 20,000,000; k, M and B are thousands, millions and thousands of millions.
+
+    Raises:
+        UsageError: it is no number of that form, or below 1.
+    """
+    if said is None:
+        return None
+    number, factor = (said[:-1], _FACTORS[said[-1]]) if said[-1:] in _FACTORS else (said, 1)
+    try:
+        value = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise UsageError(f"'{said}' is no number of parameters: write, for instance, 500k or 20M")
+    return value
+
+
+_FACTORS = {"k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6, "b": 10**9, "B": 10**9}
+
+
+def named_values(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["gamma=0.1", "majority_sign=frequency"]` as names with numbers or words.
+
+    Raises:
+        UsageError: one has no equals sign.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name:
+            raise UsageError(f"'{pair}': write NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def weighted(argument: str) -> tuple[str, float]:
@@ -42,7 +102,8 @@ def weighted(argument: str) -> tuple[str, float]:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """In ASCII: a name may hold what a terminal obeys, or what has no place in UTF-8."""
+    print(json.dumps(value, indent=2))
 
 
 def note(message: str) -> None:

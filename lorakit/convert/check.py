@@ -35,7 +35,7 @@ class Verdict:
 
 def check_adapter(adapter: Adapter, base: BaseModel, *, max_rank: int | None = None) -> Verdict:
     """Judge an adapter by its config, its names and shapes, and the base's."""
-    features = beyond_plain_lora(adapter.config)
+    features = beyond_plain_lora(adapter.config).values()
     problems = [
         f"vLLM serves no adapter with {feature}: merge it into its base (lorakit merge), and serve that"
         for feature in features
@@ -61,7 +61,8 @@ def _other_tensors(adapter: Adapter, base: BaseModel, *, explained: bool) -> lis
     """
     problems, rest = [], []
     resolver = Resolver(base.tensors)
-    for stored in adapter.others:
+    biases = (stored for bias in adapter.biases.values() for stored, _ in bias.parts)
+    for stored in (*adapter.others, *biases):
         path = copied_from_base(stored.name)
         found = resolver.tensor_of(path) if path else None
         if found is None or not is_base_copy(stored.name):
@@ -86,7 +87,7 @@ def _placed(deltas: Mapping[str, Delta], base: BaseModel) -> tuple[dict[str, str
     problems: list[str] = []
     missing: list[str] = []
     for module, delta in deltas.items():
-        wrong = [term.A for term in delta.terms if term.A.dtype not in FLOATS or term.B.dtype not in FLOATS]
+        wrong = [term.A for term in delta.stored if term.A.dtype not in FLOATS or term.B.dtype not in FLOATS]
         if wrong:
             problems.append(f"'{wrong[0].name}' is stored as {wrong[0].dtype}: save the adapter in bf16, fp16 or fp32")
         found = resolver.weight_of(module)
@@ -121,7 +122,7 @@ def _repairs(adapter: Adapter, rename: Mapping[str, str]) -> list[str]:
     odd = [
         stored.name
         for module, delta in adapter.deltas.items()
-        for term in delta.terms
+        for term in delta.stored
         for stored in (term.A, term.B)
         if stored.name != factor_name(module, parse_key(stored.name).part)
     ]

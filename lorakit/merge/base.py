@@ -179,7 +179,7 @@ def base_named_by(adapters: Sequence[Adapter]) -> str:
     """
     named: dict[str, str] = {}
     for adapter in adapters:
-        for source in adapter.sources:
+        for source in adapter.files():
             if source.config.base:
                 named.setdefault(_located(source.config.base, source.folder), str(source.folder))
     if not named:

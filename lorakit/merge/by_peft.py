@@ -47,7 +47,7 @@ def place_by_peft(placer: Placer, adapter: Adapter, tensors: Sequence[StoredTens
     made = {module: _layer(placer, weight) for module, weight in weights.items()}
     layers = PeftLayers(config.raw, used, made, adapter.name)
     weights = {module: weights[module] for module in sorted(layers.modules)}
-    share = adapter.sources[0].weight
+    share = adapter.files()[0].weight
     for module, weight in weights.items():
         base = placer.model.tensors[weight]
         mine = [tensor for name, tensor in used.items() if roles[name] == module]

@@ -74,7 +74,7 @@ class Lineage:
         return {
             str(source.folder): (file_digest(source.file), source.weight) in recorded
             for adapter in adapters
-            for source in adapter.sources
+            for source in adapter.files()
         }
 
     def same_base(self, base: BaseModel) -> bool | None:

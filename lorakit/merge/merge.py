@@ -171,7 +171,7 @@ def _residuals(plan: MergePlan, folder: str | os.PathLike[str] | None) -> Abstra
 
 def companions_of(base: BaseModel, adapters: Sequence[Adapter], onto: str | None) -> tuple[Companion, ...]:
     """The files that stand beside the weights of the result."""
-    folders = [source.folder for adapter in adapters for source in adapter.sources]
+    folders = [source.folder for adapter in adapters for source in adapter.files()]
     companions = plan_companions(base.folder, folders)
     if onto == "dequantised":
         from lorakit.merge.quantised import LEFT_BEHIND
@@ -185,7 +185,7 @@ def merge_key(plan: MergePlan, adapters: Sequence[Adapter], **settings: Any) -> 
     sources = [
         [str(source.file), source.state, source.weight, sorted(map(str, source.config.raw.items()))]
         for adapter in adapters
-        for source in adapter.sources
+        for source in adapter.files()
     ]
     shards = [
         [shard.name, shard.target.size, hashlib.sha256(shard.head).hexdigest(), len(shard.computed)]
@@ -241,11 +241,12 @@ def _pairs(adapters: Weighted | Sequence[Weighted]) -> list[tuple[AdapterLike, f
 
 def _weighted(adapter: AdapterLike, weight: float) -> Adapter:
     opened = adapter if isinstance(adapter, Adapter) else open_adapter(os.fspath(adapter))
+    opened.ensure_stored(work="merged")
     return opened if weight == 1 else opened.weighted(float(weight))
 
 
 def _ensure_finite(adapters: Sequence[Adapter]) -> None:
-    for file in dict.fromkeys(source.file for adapter in adapters for source in adapter.sources):
+    for file in dict.fromkeys(source.file for adapter in adapters for source in adapter.files()):
         name = look_at_numbers(read_header(file)).not_finite
         if name:
             raise InvalidFile(f"'{name}' in '{file}' holds NaN or infinity: use an earlier checkpoint")

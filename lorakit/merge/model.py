@@ -124,7 +124,7 @@ def _repeat_layers(model: Model, adapters: Sequence[Adapter]) -> None:
     wanted = {
         str(source.config.raw.get("layer_replication")): source.config.raw.get("layer_replication")
         for adapter in adapters
-        for source in adapter.sources
+        for source in adapter.files()
     }
     if not any(wanted.values()):
         return

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.adapters.keys import Key, parse_key
+from lorakit.adapters.keys import Key, base_path, parse_key
+from lorakit.adapters.trained import rows_of
 from lorakit.errors import InvalidFile, UnsupportedAdapter
 from lorakit.files.safetensors import StoredTensor
-from lorakit.files.tensors import same_bytes
+from lorakit.files.tensors import load_tensor, same_bytes
 from lorakit.merge.copies import equal_values
 from lorakit.merge.layers import EMBEDDINGS, HEADS, layer_of
 from lorakit.merge.steps import AddStored, Take, TakeRows
@@ -18,8 +19,6 @@ from lorakit.merge.steps import AddStored, Take, TakeRows
 if TYPE_CHECKING:
     from lorakit.merge.placing import Placer
 
-# What PEFT puts between a module's path and its own tensors.
-_WRAPPING = re.compile(r"\.(?:base_layer|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?)(?=\.)")
 _ORIGINAL = ".original_module."
 _BELOW = re.compile(r"\.(?:base_layer|original_module)\.")
 
@@ -30,7 +29,7 @@ class OtherTensors:
     def __init__(self, placer: Placer, adapter: Adapter) -> None:
         self.placer = placer
         self.adapter = adapter
-        self.source = adapter.sources[0]
+        self.source = adapter.files()[0]
         self.magnitudes: dict[str, StoredTensor] = {}
         self._factors: dict[str, dict[str, StoredTensor]] = {}
         self._rest: list[tuple[Key, StoredTensor]] = []
@@ -55,12 +54,15 @@ class OtherTensors:
         for key, stored in self._rest:
             if stored.name in self._used:
                 continue
-            if key.part == "lora_B_bias":
-                self._place_lora_bias(key, stored)
+            if key.part == "lora_B_bias":  # of a convolution
+                self._place_lora_bias(key.module, stored, self.adapter.config.scale_of(key.module) * self._weight)
             elif key.part == "token_rows":
                 self._place_rows(key, stored)
             else:
                 self._place_trained(stored)
+        for module, bias in self.adapter.biases.items():
+            for stored, factor in bias.parts:
+                self._place_lora_bias(module, stored, factor)
         for module, stored in self.magnitudes.items():
             if (stored.file, stored.name) not in self.placer.placements:
                 self.placer.leave_out(stored, self.placer.reason_for(module))
@@ -69,7 +71,7 @@ class OtherTensors:
         """What the config speaks of has to be in the file: without it the sum would be another one, silently."""
         raw = self.adapter.config.raw
         linear = [module for module, delta in self.adapter.deltas.items() if delta.kind == "linear"]
-        biased = {key.module for key, _ in self._rest if key.part == "lora_B_bias"}
+        biased = {*self.adapter.biases, *(key.module for key, _ in self._rest if key.part == "lora_B_bias")}
         names = [f".{stored.name}." for _, stored in self._rest]
         missing: list[str] = []
         if raw.get("use_dora"):
@@ -153,14 +155,15 @@ class OtherTensors:
 
     # what is added to, or stands in place of, a stored tensor
 
-    def _place_lora_bias(self, key: Key, stored: StoredTensor) -> None:
-        name = self.placer.resolver.tensor_of(f"{key.module}.bias")
-        if name is None or self.placer.model.tensors[name].shape != stored.shape:
+    def _place_lora_bias(self, module: str, stored: StoredTensor, factor: float) -> None:
+        name = self.placer.resolver.tensor_of(f"{module}.bias")
+        if name is not None and self.placer.model.tensors[name].shape == stored.shape:
+            self.placer.add_step(name, AddStored(stored, factor))
+            self.placer.enter(stored, name, "bias of B")
+        elif load_tensor(stored).any():
             self.placer.leave_out(stored, "the base has no such bias to add it to")
-            return
-        factor = self.adapter.config.scale_of(key.module) * self._weight
-        self.placer.add_step(name, AddStored(stored, factor))
-        self.placer.enter(stored, name, "bias of B")
+        else:  # PEFT's `lora_bias` gives every module one, also those that nothing is added to
+            self.placer.enter(stored, f"{module}.bias", "bias of zeros")
 
     def _place_rows(self, key: Key, stored: StoredTensor) -> None:
         placer = self.placer
@@ -168,7 +171,7 @@ class OtherTensors:
         if name is None:
             placer.leave_out(stored, placer.reason_for(key.module))
             return
-        rows = self._rows_of(key.module)
+        rows = rows_of(self.adapter.config, key.module)
         weight = placer.model.tensors[name]
         if rows is None or (len(rows), *weight.shape[1:]) != stored.shape:
             raise InvalidFile(
@@ -198,14 +201,6 @@ class OtherTensors:
             return {model.embedding, model.head}
         return {name}
 
-    def _rows_of(self, module: str) -> tuple[int, ...] | None:
-        said = self.adapter.config.raw.get("trainable_token_indices", self.adapter.config.raw.get("token_indices"))
-        if isinstance(said, dict):
-            said = next((rows for path, rows in said.items() if f".{module}".endswith(f".{path}")), None)
-        if not isinstance(said, list) or not all(isinstance(row, int) for row in said):
-            return None
-        return tuple(said)
-
     def place_bases(self) -> None:
         """What lies below the deltas, before them: PEFT's copies of the base, as they are or resized."""
         below = [stored for key, stored in self._rest if key.part == "other" and _BELOW.search(stored.name)]
@@ -216,7 +211,7 @@ class OtherTensors:
     def _place_trained(self, stored: StoredTensor) -> None:
         """A whole tensor that was trained, or is PEFT's copy of the base's."""
         placer, model = self.placer, self.placer.model
-        path = _WRAPPING.sub("", stored.name.removeprefix("base_model.model.").replace(_ORIGINAL, "."))
+        path = base_path(stored.name.replace(_ORIGINAL, "."))
         name = placer.resolver.tensor_of(path)
         if name is None:
             if not self._place_trained_experts(stored, path):
@@ -270,7 +265,7 @@ class OtherTensors:
         table = layer_of(name) in HEADS | EMBEDDINGS and len(stored.shape) == 2
         if not table or stored.shape[1:] != weight.shape[1:]:
             placer.require_shape(self.adapter, stored.name, stored.shape, weight, weight.shape)
-        if self._weight != 1 or len(self.adapter.sources) > 1:
+        if self._weight != 1 or len(self.adapter.files()) > 1:
             raise UnsupportedAdapter(
                 f"adapter '{self.adapter.name}' resized the vocabulary ('{stored.name}' has {stored.shape[0]} rows, "
                 f"the base {weight.shape[0]}): it can be merged with the weight 1 alone"

@@ -50,7 +50,7 @@ def write_lineage(report: MergeReport, folder: Path) -> None:
         }
     ]
     for adapter in report.adapters:
-        for source in adapter.sources:
+        for source in adapter.files():
             digest = file_digest(source.file)
             parents.append(
                 {"kind": "adapter", "path": str(source.folder), "sha256": digest, "weight": source.weight}

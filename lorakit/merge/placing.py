@@ -50,10 +50,10 @@ class Placer:
         """
         from lorakit.merge.others import OtherTensors
 
-        for source in adapter.sources:
+        for source in adapter.files():
             if source.config.peft_type == "LORA":
                 require_mergeable_lora(source.config, str(source.folder))
-        self.ensured_tied |= any(source.config.raw.get("ensure_weight_tying") is True for source in adapter.sources)
+        self.ensured_tied |= any(source.config.raw.get("ensure_weight_tying") is True for source in adapter.files())
         others = OtherTensors(self, adapter)
         others.place_bases()
         taken: dict[str, str] = {}
@@ -124,13 +124,13 @@ class Placer:
             for stored in _stored(delta):
                 self.leave_out(stored, reason)
             return
-        if name in taken and len(adapter.sources) == 1:
+        if name in taken and len(adapter.files()) == 1:
             raise UnplacedTensors(f"adapter '{adapter.name}': '{module}' and '{taken[name]}' both mean '{name}'")
         taken[name] = module
         weight = self.model.tensors[name]
         self.require_floats(adapter, weight, _stored(delta))
         transposed = delta.kind == "embedding" or is_transposed(name, self.model.base)
-        products = [product_of(term, transposed=transposed) for term in delta.terms]
+        products = [product_of(term, transposed=transposed) for term in delta.stored]
         if adapter.config.raw.get("use_qalora") and products[0].shape != weight.shape:
             products = [_pooled(product, adapter.config, weight, transposed) for product in products]
         for product in products:
@@ -143,10 +143,10 @@ class Placer:
                     f"adapter '{adapter.name}' was started from the base itself (init_lora_weights "
                     f"'{config.raw['init_lora_weights']}'): merge it alone, or first"
                 )
-            (term,) = delta.terms
+            (term,) = delta.stored
             self.add_step(name, SubtractInit(method, term.rank, config.scale_of(module), term.weight, transposed))
         magnitude = magnitudes.get(module)
-        for term, product in zip(delta.terms, products, strict=True):
+        for term, product in zip(delta.stored, products, strict=True):
             if magnitude is None:
                 self._add_product(name, product)
             else:
@@ -168,7 +168,7 @@ class Placer:
                 f"part of '{part.weight}': use a base that stores its experts one by one"
             )
         self.require_floats(adapter, self.model.tensors[part.weight], _stored(delta))
-        for term in delta.terms:
+        for term in delta.stored:
             product = AddProduct(matrix(term.B), matrix(term.A), term.factor, part.transposed, part.first_row)
             self._add_product(part.weight, product)
             self.enter(term.B, part.weight, "B")
@@ -211,7 +211,7 @@ class Placer:
     ) -> None:
         """A (r, in, *kernel) and B (out, r, 1, …): the product of both as matrices, in the weight's own shape."""
         weight = self.model.tensors[name]
-        source = adapter.sources[0]
+        source = adapter.files()[0]
         self.require_floats(adapter, weight, iter((A, B)))
         self.require_shape(adapter, module, (B.shape[0], *A.shape[1:]), weight, weight.shape)
         scale = source.config.scale_of(module)
@@ -225,7 +225,7 @@ class Placer:
 
 
 def _stored(delta: Delta) -> Iterator[StoredTensor]:
-    for term in delta.terms:
+    for term in delta.stored:
         yield from (term.A, term.B)
 
 

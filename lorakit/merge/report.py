@@ -105,7 +105,7 @@ class MergeReport:
             "adapters": [
                 {"path": str(source.folder), "weight": source.weight, "rank": adapter.rank}
                 for adapter in self.adapters
-                for source in adapter.sources
+                for source in adapter.files()
             ],
             "dry_run": self.dry_run,
             "device": self.device,

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from lorakit.adapters.adapter import Adapter, Source
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.config import AdapterConfig
 from lorakit.adapters.delta import Delta, Term
 from lorakit.adapters.keys import parse_key
+from lorakit.adapters.source import Source
 from lorakit.adapters.writing import write_adapter_files
 from lorakit.errors import UsageError
 from lorakit.files.digests import file_digest
@@ -81,11 +82,13 @@ class Residuals:
         )  # fmt: skip
         file = self._header.file
         deltas = {place.module: Delta((Term(place.B, place.A, 1.0),)) for place in self.places.values()}
-        write_adapter_files(Adapter(deltas, (Source(self.folder, config, file, file_state(file)),)), self.folder)
+        write_adapter_files(
+            Adapter(deltas, (Source(self.folder, config, file, file_state(file)),), config=config), self.folder
+        )
         parents = [
             {"kind": "adapter", "path": str(source.folder), "sha256": file_digest(source.file), "weight": source.weight}
             for adapter in adapters
-            for source in adapter.sources
+            for source in adapter.files()
         ]
         merged = {"kind": "base", "path": str(out.absolute())}
         write_provenance(self.folder, "residual", [merged, *parents], {}, rank=rank, left_out=list(self.left_out))

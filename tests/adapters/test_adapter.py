@@ -115,6 +115,30 @@ def test_the_algebra_is_that_of_vectors(tmp_path: Path) -> None:
     assert [source.weight for source in (0.7 * a + 0.3 * b + a).sources] == [1.7, 0.3]
 
 
+def test_parts_of_an_adapter_and_weights_by_module(tmp_path: Path) -> None:
+    a = load_adapter(write_adapter(tmp_path / "a", factors(linear_modules())))
+    up, query = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
+    assert set(a.only("*.mlp.*").modules) | set(a.without("*.mlp.*").modules) == set(a.modules)
+    assert set(a.only("up_proj", "q_proj").modules) == {m for m in a.modules if m.endswith(("up_proj", "q_proj"))}
+    value = a.scaled({"*.self_attn.*": 0.8, "*": 0.4}) - 0.4 * a.only("*.mlp.*")
+    np.testing.assert_allclose(value.delta(query).dense(), 0.8 * a.delta(query).dense(), atol=1e-12)
+    np.testing.assert_allclose(value.delta(up).dense(), 0, atol=1e-12)
+    record = json.loads((value.save(tmp_path / "out") / "lorakit.json").read_text())
+    assert [(parent["weight"], parent["parts"]) for parent in record["parents"]] == [
+        (1.0, ["*.self_attn.*=0.8, *=0.4"]), (-0.4, ["only *.mlp.*"]),
+    ]  # fmt: skip
+
+
+def test_the_algebra_of_single_deltas(tmp_path: Path) -> None:
+    a = load_adapter(write_adapter(tmp_path / "a", factors(ONE, seed=1))).delta(MODULE)
+    b = load_adapter(write_adapter(tmp_path / "b", factors(ONE, rank=3, seed=2), rank=3)).delta(MODULE)
+    expected = 0.7 * a.dense() - b.dense() / 2
+    np.testing.assert_allclose((0.7 * a - b / 2).dense(), expected, atol=1e-12)
+    np.testing.assert_allclose((-a * -0.7 + -b / 2).dense(), expected, atol=1e-12)
+    with pytest.raises(TypeError):
+        a + 1
+
+
 @pytest.mark.parametrize("other", ["x", None, 3])
 def test_only_adapters_are_added_to_adapters(tmp_path: Path, other: Any) -> None:
     adapter = load_adapter(write_adapter(tmp_path / "a"))

@@ -102,9 +102,9 @@ def test_a_folder_without_a_config_is_no_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "True"])
 def test_inits_that_leave_the_base_alone_are_plain(init: Any) -> None:
-    assert beyond_plain_lora(config(init_lora_weights=init)) == []
+    assert beyond_plain_lora(config(init_lora_weights=init)) == {}
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq", "corda"])
 def test_inits_that_change_the_base_are_not(init: str) -> None:
-    assert beyond_plain_lora(config(init_lora_weights=init)) == [f"init_lora_weights '{init}'"]
+    assert beyond_plain_lora(config(init_lora_weights=init)) == {"init_lora_weights": f"init_lora_weights '{init}'"}

@@ -53,15 +53,60 @@ def test_a_dry_run_in_words(capsys: Capture, pair: tuple[Path, Path], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "flags", [["--method", "ties"], ["--rank", "8"], ["--density", "0.5"], ["--seed", "1"], ["--rank", "many"], []]
-)
-def test_what_is_not_there_yet_ends_with_2(
+    "flags",
+    [
+        ["--method", "tie"], ["--rank", "many"], ["--rank", "0"], ["--rank", "2", "--energy", "0.9"],
+        ["--energy", "2"], ["--budget", "some"], ["--budget", "0"], ["--density", "0.5"], ["--seed", "1"],
+        ["--method", "ties", "--density", "2"], ["--method", "ties", "-o", "gamma=1"], ["-o", "gamma"],
+        ["--trained", "sum"], ["--weights", "{folder}/weights.json"], ["--keep-stages", "{folder}/stages"], [],
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_ends_with_2(
     capsys: Capture, pair: tuple[Path, Path], tmp_path: Path, flags: list[str]
 ) -> None:
+    (tmp_path / "weights.json").write_text(json.dumps({"nobody": 1}))
     out = ["--out", str(tmp_path / "out")] if flags else []
-    ended = lorakit(capsys, "mix", *pair, *out, *flags)
+    ended = lorakit(capsys, "mix", *pair, *out, *(flag.format(folder=tmp_path) for flag in flags))
     assert (ended.code, ended.out) == (2, "")
+    assert ended.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_smaller_rank_says_what_it_lost(capsys: Capture, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    ended = lorakit(capsys, "mix", *pair, "--rank", 2, "--out", tmp_path / "out")
+    assert (ended.code, ended.out) == (0, f"{tmp_path / 'out'}\n")
+    assert f"  {MODULE}: rank 2, truncation error " in ended.err
+    whole = dense(pair[0]) + dense(pair[1])
+    u, s, vh = np.linalg.svd(whole)
+    np.testing.assert_allclose(dense(tmp_path / "out"), (u[:, :2] * s[:2]) @ vh[:2], atol=1e-5)
+
+
+def test_methods_and_their_options(capsys: Capture, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = ["--method", "breadcrumbs", "--density", "0.6", "-o", "gamma=0.2", "--rank", "4", "--json"]
+    ended = lorakit(capsys, "mix", *pair, *flags, "--out", tmp_path / "out")
+    assert ended.code == 0
+    assert json.loads(ended.out)["settings"] == {"method": "breadcrumbs", "rank": 4, "density": 0.6, "gamma": 0.2}
+    assert json.loads((tmp_path / "out" / "lorakit.json").read_text())["settings"]["gamma"] == 0.2
+
+
+def test_weights_by_module_come_from_a_file(capsys: Capture, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = pair
+    (tmp_path / "weights.json").write_text(json.dumps({str(one): {"up_proj": 0.25, "*": 3}}))
+    flags = ["--weights", tmp_path / "weights.json", "--out", tmp_path / "out"]
+    assert lorakit(capsys, "mix", one, f"{two}=2", *flags).code == 0
+    np.testing.assert_allclose(dense(tmp_path / "out"), 0.25 * dense(one) + 2 * dense(two), atol=1e-5)
+    other = "model.layers.1.self_attn.q_proj"
+    np.testing.assert_allclose(dense(tmp_path / "out", other), 3 * dense(one, other), atol=1e-5)
+
+
+def test_stages_are_kept_as_adapters(capsys: Capture, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = ["--rank", "1", "--keep-stages", tmp_path / "stages", "--out", tmp_path / "out"]
+    assert lorakit(capsys, "mix", *pair, *flags).code == 0
+    np.testing.assert_allclose(dense(tmp_path / "stages" / "1-linear"), dense(pair[0]) + dense(pair[1]), atol=1e-5)
+    record = json.loads((tmp_path / "out" / "lorakit.json").read_text())
+    assert (record["operation"], record["parents"][0]["path"]) == ("shrink", str(tmp_path / "stages" / "1-linear"))
+    parents = json.loads((tmp_path / "stages" / "1-linear" / "lorakit.json").read_text())["parents"]
+    assert [parent["path"] for parent in parents] == [str(folder) for folder in pair]
 
 
 def test_the_exit_codes_of_the_others(capsys: Capture, pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def test_merging_and_mixing_as_the_examples_do(work: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "merged" / "lorakit.json").read_text())["operation"] == "merge"
 
 
+def test_a_search_finds_a_mix_that_is_better_than_each_alone(work: Path, tmp_path: Path) -> None:
+    pair = [max(work.glob(f"runs/{name}/checkpoint-*")) for name in ("sql", "shout")]
+    shown = example("search.py", *pair, "--base", work / "base", "--evaluations", 8, "--out", tmp_path / "best")
+    *first, best = [float(line.partition("loss ")[2].split()[0]) for line in shown.splitlines()]
+    assert best <= min(first)
+    assert json.loads((tmp_path / "best" / "lorakit.json").read_text())["settings"]["search"]["evaluations"] == 8
+
+
 def test_asking_a_server_as_the_example_does(world: World) -> None:
     write_checkpoint(world.watched / "asked", world.adapters[5], 9, eval_loss=0.5)
     world.server.wait_until(lambda: world.server.adapter("asked")["revision"])

@@ -152,9 +152,10 @@ def test_the_result_says_where_it_came_from(adapters: dict[str, Path], tmp_path:
     ("pairs", "options", "reason"),
     [
         ([], {}, "nothing to mix"),
-        ([("a", 1.0)], {"method": "ties"}, "no method 'ties'; there is: linear"),
-        ([("a", 1.0)], {"rank": 8}, "only 'exact' is there"),
-        ([("a", 1.0)], {"density": 0.5}, "takes no density"),
+        ([("a", 1.0)], {"method": "tie"}, "'tie'.*ties"),
+        ([("a", 1.0)], {"density": 0.5}, "density"),
+        ([("a", 1.0)], {"method": "ties", "density": 1.5}, "density"),
+        ([("a", 1.0)], {"trained": "sum"}, "trained 'sum': it is 'refuse' or 'average'"),
     ],
 )
 def test_what_is_not_there_is_said(pairs: list[Any], options: dict[str, Any], reason: str) -> None:

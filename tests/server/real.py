@@ -123,13 +123,15 @@ def free_port() -> int:
         return port
 
 
-def cold_answers(base: Path, adapters: Mapping[str, Path], log: Path) -> dict[tuple[str, str], Answer]:
+def cold_answers(
+    base: Path, adapters: Mapping[str, Path], log: Path, *, max_rank: int = 8
+) -> dict[tuple[str, str], Answer]:
     """What plain vLLM, freshly started, answers as the base and as each adapter: by (name, prompt)."""
     port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base",
         "--host", "127.0.0.1", "--port", str(port), "--enable-lora", "--max-loras", str(len(adapters) + 1),
-        "--max-lora-rank", "8", "--enforce-eager", "--distributed-executor-backend", "uni", *ENGINE_FLAGS,
+        "--max-lora-rank", str(max_rank), "--enforce-eager", "--distributed-executor-backend", "uni", *ENGINE_FLAGS,
         "--lora-modules", *(f"{name}={path}" for name, path in adapters.items()),
     ]  # fmt: skip
     variables = {

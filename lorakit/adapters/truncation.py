@@ -1,0 +1,96 @@
+"""Low-rank approximations of products of thin factors: the optimum of a full SVD, at a thousandth of its price.
+
+QR of both factors, then an SVD of the small core: B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, with orthonormal Q (Golub and Van Loan,
+Matrix Computations, §5.4). By Eckart and Young its first k singular triples are the best approximation of rank k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lorakit.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def product_svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U (m, k), S (k), Vh (k, n) of left (m, R) times right (R, n), in their dtype; k = min(R, m, n)."""
+    import torch
+
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return q_left @ u, s, vh @ q_right.T
+
+
+def product_spectrum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """S (k) of left (m, R) times right (R, n), k = min(R, m, n), largest first."""
+    import torch
+
+    r_left = torch.linalg.qr(left, mode="r")[1]
+    r_right = torch.linalg.qr(right.T, mode="r")[1]
+    spectrum: torch.Tensor = torch.linalg.svdvals(r_left @ r_right.T)
+    return spectrum
+
+
+def rank_for_energy(spectrum: Sequence[float], energy: float, total: float | None = None) -> int:
+    """The smallest rank that keeps the share `energy` of ‖Δ‖² (`total`, else Σ σ²). 0 for a delta of nothing."""
+    squares = [value * value for value in spectrum]
+    wanted = energy * (sum(squares) if total is None else total)
+    if energy >= 1:
+        noise = spectrum[0] * 1e-12 if spectrum else 0.0
+        return sum(value > noise for value in spectrum)
+    kept, rank = 0.0, 0
+    while kept < wanted and rank < len(squares):
+        kept += squares[rank]
+        rank += 1
+    return rank
+
+
+def ranks_within(spectra: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Ranks of all modules such that Σ rank · cost ≤ `budget`, keeping as much of Σ σ² as a greedy choice finds.
+
+    A rank of a module costs out + in parameters; triples are taken by σ² a parameter, largest first (a global threshold
+    on singular values, as in PARA, arXiv:2604.27796, with the price of each in it).
+
+    Raises:
+        UsageError: nothing fits into the budget.
+    """
+    triples = ((module, sigma) for module, spectrum in spectra.items() for sigma in spectrum if sigma)
+    offers = sorted(((sigma**2 / costs[module], module) for module, sigma in triples), key=lambda offer: -offer[0])
+    ranks = dict.fromkeys(spectra, 0)
+    left = budget
+    full: set[str] = set()
+    for _, module in offers:
+        # a module whose next triple did not fit takes none of its smaller ones either
+        if module in full or costs[module] > left:
+            full.add(module)
+            continue
+        ranks[module] += 1
+        left -= costs[module]
+    if not any(ranks.values()):
+        cheapest = min((costs[module] for _, module in offers), default=0)
+        raise UsageError(f"a budget of {budget} parameters holds nothing: one rank of one module takes {cheapest}")
+    return ranks
+
+
+def cut(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B (m, rank) and A (rank, n) in float32 from the first triples, with √σ in each, so that neither is far from 1."""
+    root = s[:rank].sqrt()
+    return (u[:, :rank] * root).float().contiguous(), (root[:, None] * vh[:rank]).float().contiguous()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For thin factors: more gain nothing, and cost much where they wait for one another on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""A full fine-tune minus its base -> an adapter."""
