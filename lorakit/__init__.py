@@ -14,8 +14,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lorakit.adapters.adapter import Adapter as Adapter
-    from lorakit.adapters.adapter import load_adapter as load_adapter
     from lorakit.adapters.delta import Delta as Delta
+    from lorakit.adapters.reading import load_adapter as load_adapter
+    from lorakit.adapters.report import MixReport as MixReport
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.merge.merge import merge as merge
     from lorakit.merge.report import MergeReport as MergeReport
@@ -30,14 +31,13 @@ if TYPE_CHECKING:
     from lorakit.mix.extraction.extract import extract as extract
     from lorakit.mix.extraction.report import ExtractReport as ExtractReport
     from lorakit.mix.mix import mix as mix
-    from lorakit.mix.report import MixReport as MixReport
     from lorakit.mix.search import SearchReport as SearchReport
     from lorakit.mix.search import search as search
     from lorakit.mix.shrink import shrink as shrink
 
 _HOME = {
     "Adapter": "lorakit.adapters.adapter",
-    "load_adapter": "lorakit.adapters.adapter",
+    "load_adapter": "lorakit.adapters.reading",
     "Delta": "lorakit.adapters.delta",
     "LorakitError": "lorakit.errors",
     "MergeReport": "lorakit.merge.report",
@@ -48,7 +48,7 @@ _HOME = {
     "verify": "lorakit.merge.verify",
     "ExtractReport": "lorakit.mix.extraction.report",
     "extract": "lorakit.mix.extraction.extract",
-    "MixReport": "lorakit.mix.report",
+    "MixReport": "lorakit.adapters.report",
     "mix": "lorakit.mix.mix",
     "SearchReport": "lorakit.mix.search",
     "search": "lorakit.mix.search",

@@ -19,6 +19,7 @@ A message says what was found, where, and what to do.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,4 +97,8 @@ def disk_errors_named(target: Path) -> Iterator[None]:
             raise LorakitError(f"can't write '{target}': the file system is read-only") from error
         if error.errno in (errno.EACCES, errno.EPERM):
             raise LorakitError(f"can't write '{target}': permission denied") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOENT) and error.filename is not None:
+            raise LorakitError(
+                f"can't write '{target}': '{error.filename}' ({os.strerror(error.errno).lower()}); name another --out"
+            ) from error
         raise

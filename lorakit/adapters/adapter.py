@@ -11,26 +11,20 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorakit.adapters.config import AdapterConfig, ensure_plain, read_config
-from lorakit.adapters.delta import Delta, Kind, Term
-from lorakit.adapters.keys import FACTORS, Key, base_path, is_base_copy, parse_key
+from lorakit.adapters.config import AdapterConfig, ensure_plain
+from lorakit.adapters.delta import Delta, require_finite
+from lorakit.adapters.keys import base_path
 from lorakit.adapters.patterns import chosen, weights_by_module
+from lorakit.adapters.report import MixReport, Weight
 from lorakit.adapters.source import Source, Stage
-from lorakit.adapters.trained import Blend, Trained
-from lorakit.errors import Incomplete, InvalidFile, NotFound, UnsupportedAdapter
-from lorakit.files.folders import file_state
-from lorakit.files.safetensors import StoredTensor, read_header
+from lorakit.adapters.trained import Blend, Trained, is_kept
+from lorakit.errors import NotFound, UnsupportedAdapter, UsageError
+from lorakit.files.safetensors import StoredTensor
 from lorakit.files.tensors import same_bytes
 
-if TYPE_CHECKING:
-    from lorakit.mix.report import MixReport
-
-WEIGHTS = "adapter_model.safetensors"
-UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' sentinel while a checkpoint is written on SIGTERM
-
-Weight = float | Mapping[str, float]
+TIED = "ensure_weight_tying"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +100,16 @@ class Adapter:
         Raises:
             UnsupportedAdapter: there is more in it than deltas, biases of lora_B, and PEFT's copies of the base.
         """
+        if self.trained:
+            raise UnsupportedAdapter(
+                f"adapter '{self.name}' can't be {work} exactly: it holds trained copies of the base's values, "
+                f"which no weight scales; to average them between adapters, ask for it (mix --trained average)"
+            )
         if self.config.peft_type != "LORA":
             from lorakit.adapters.plain import as_lora
 
             return as_lora(self).plain(work=work)
-        others = [stored.name for stored in self.others if not is_base_copy(stored.name)]
+        others = [stored.name for stored in self.others if not is_kept(self.config, stored.name)]
         ensure_plain(self.config, self.name, others, work=work, besides=frozenset({"lora_bias"}))
         return self
 
@@ -132,6 +131,7 @@ class Adapter:
         """Its deltas and biases times `weight`; what is neither stays as it is."""
         if isinstance(weight, Mapping):
             return self._weighted_by_module(weight)
+        require_finite(weight)
         return replace(
             self,
             deltas={module: delta.scaled(weight) for module, delta in self.deltas.items()},
@@ -141,7 +141,7 @@ class Adapter:
         )
 
     def _weighted_by_module(self, patterns: Mapping[str, float]) -> Adapter:
-        weights = weights_by_module(patterns, self.deltas, self.name)
+        weights = weights_by_module(patterns, (*self.deltas, *self.trained.owners), self.name)
         said = ", ".join(f"{pattern}={weight:g}" for pattern, weight in patterns.items())
         return replace(
             self,
@@ -169,6 +169,8 @@ class Adapter:
 
     def _of(self, modules: Iterable[str], said: str) -> Adapter:
         kept = frozenset(modules)
+        if not kept:
+            raise UsageError(f"no module is left of adapter '{self.name}': {said or 'no pattern is given'}")
         return replace(
             self,
             deltas={module: delta for module, delta in self.deltas.items() if module in kept},
@@ -186,21 +188,16 @@ class Adapter:
             WrongBase: a module has different shapes in the two.
         """
         mine, theirs = self.plain(work="mixed"), other.plain(work="mixed")
-        for adapter in (mine, theirs):
-            if adapter.trained:
-                raise UnsupportedAdapter(
-                    f"adapter '{adapter.name}' holds trained copies of the base's weights, which can't be added up: "
-                    f"lorakit.mix(..., trained='average') averages them"
-                )
         deltas, biases = dict(mine.deltas), dict(mine.biases)
         for module, delta in theirs.deltas.items():
             deltas[module] = deltas[module].plus(delta, module=module) if module in deltas else delta
         for module, bias in theirs.biases.items():
             biases[module] = biases[module].plus(bias, name=module) if module in biases else bias
-        return Adapter(
-            deltas, _added_up(mine.sources + theirs.sources), _agreed(mine.others, theirs.others), mine.config, biases,
-            own_ranks=mine.own_ranks or theirs.own_ranks,
-        )  # fmt: skip
+        others = _agreed(mine.others, theirs.others)
+        own_ranks = mine.own_ranks or theirs.own_ranks
+        sources = _added_up(mine.sources + theirs.sources)
+        config = _shared(mine.config, theirs.config)
+        return Adapter(deltas, sources, others, config, biases, own_ranks=own_ranks)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a PEFT folder that PEFT and vLLM load. Whole or not at all.
@@ -240,6 +237,13 @@ class Adapter:
         return f"Adapter({self.name!r}, rank={self.rank if known else '?'}, modules={len(self.deltas)})"
 
 
+def _shared(config: AdapterConfig, other: AdapterConfig) -> AdapterConfig:
+    """The first one's, but tied (`ensure_weight_tying`) only where both are."""
+    if config.raw.get(TIED) == other.raw.get(TIED):
+        return config
+    return replace(config, raw={name: value for name, value in config.raw.items() if name != TIED})
+
+
 def _added_up(sources: tuple[Source | Stage, ...]) -> tuple[Source | Stage, ...]:
     together: dict[Any, Source | Stage] = {}
     for source in sources:
@@ -259,97 +263,3 @@ def _agreed(mine: tuple[StoredTensor, ...], others: tuple[StoredTensor, ...]) ->
                 f"they were trained on different bases, or resized the vocabulary, and can't be mixed"
             )
     return tuple(agreed.values())
-
-
-def load_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """Open an adapter in PEFT layout: reads its config and its header, no tensor.
-
-    Raises:
-        NotFound: there is no such folder.
-        Incomplete: it is still being written.
-        InvalidFile: a file in it is missing, cut short, or contradicts another.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise NotFound(f"there is no adapter folder '{path}'")
-    if (path / UNFINISHED).exists():
-        raise Incomplete(f"'{path}' is still being written: it holds {UNFINISHED}")
-    config = read_config(path)
-    file = (path / WEIGHTS).resolve()
-    if not file.is_file():
-        pickled = next((name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).is_file()), None)
-        if pickled:
-            raise InvalidFile(f"'{path}' holds {pickled}, a pickle: save the adapter as safetensors")
-        raise InvalidFile(f"'{path}' has an adapter_config.json, but no {WEIGHTS}: it is incomplete")
-    state = file_state(file)
-    header = read_header(file)
-    source = Source(path.resolve(), config, file, state)
-    deltas, others = deltas_of(header.tensors.values(), config, path)
-    if not deltas and not others:
-        raise InvalidFile(f"'{path / WEIGHTS}' holds no tensor")
-    biases, others = _biases_of(deltas, others, config)
-    return Adapter(deltas, (source,), others, config, biases)
-
-
-def _biases_of(
-    deltas: Mapping[str, Delta], others: tuple[StoredTensor, ...], config: AdapterConfig
-) -> tuple[dict[str, Blend], tuple[StoredTensor, ...]]:
-    """`lora_bias`: scale · (the bias of lora_B) is added to the module's own; and the tensors that are none."""
-    biases: dict[str, Blend] = {}
-    rest: list[StoredTensor] = []
-    for stored in others:
-        key = parse_key(stored.name)
-        if key.part == "lora_B_bias" and key.module in deltas and config.peft_type == "LORA":
-            biases[key.module] = Blend(((stored, config.scale_of(key.module)),))
-        else:
-            rest.append(stored)
-    return biases, tuple(rest)
-
-
-def deltas_of(tensors: Any, config: AdapterConfig, folder: Path) -> tuple[dict[str, Delta], tuple[StoredTensor, ...]]:
-    """Pair the factors: deltas by module, and all that is no factor."""
-    factors: dict[str, dict[str, StoredTensor]] = {}
-    others: list[StoredTensor] = []
-    adapters: set[str] = set()
-    for stored in tensors:
-        key: Key = parse_key(stored.name)
-        if key.part not in FACTORS or not _is_plain_factor(stored, key, config):
-            others.append(stored)
-            continue
-        if key.adapter:
-            adapters.add(key.adapter)
-        parts = factors.setdefault(key.module, {})
-        if key.part in parts:
-            raise InvalidFile(f"'{folder}': '{stored.name}' and '{parts[key.part].name}' name the same factor")
-        parts[key.part] = stored
-    if len(adapters) > 1:
-        raise InvalidFile(f"'{folder}' holds several adapters in one file ({', '.join(sorted(adapters))}): split them")
-    deltas = {module: _delta(module, parts, config, folder) for module, parts in factors.items()}
-    return deltas, tuple(others)
-
-
-def _is_plain_factor(stored: StoredTensor, key: Key, config: AdapterConfig) -> bool:
-    """Not the factors of a convolution, nor of all experts of a layer at once (PEFT's `target_parameters`)."""
-    if len(stored.shape) != 2 or config.peft_type != "LORA":
-        return False
-    if not (config.raw.get("target_parameters") or key.module.removesuffix(".base_layer").endswith(".experts")):
-        return True
-    rank = stored.shape[0] if key.part == "lora_A" else stored.shape[1]
-    return rank == config.rank_of(key.module)
-
-
-def _delta(module: str, parts: Mapping[str, StoredTensor], config: AdapterConfig, folder: Path) -> Delta:
-    kind: Kind = "embedding" if any(part.startswith("lora_embedding") for part in parts) else "linear"
-    prefix = "lora_embedding_" if kind == "embedding" else "lora_"
-    try:
-        a, b = parts[prefix + "A"], parts[prefix + "B"]
-    except KeyError as error:
-        raise InvalidFile(f"'{folder}': '{module}' has no {error.args[0]}") from None
-    if a.shape[0] != b.shape[1]:
-        raise InvalidFile(f"'{folder}': the factors of '{module}' don't fit: B {list(b.shape)}, A {list(a.shape)}")
-    if a.shape[0] != config.rank_of(module):
-        raise InvalidFile(
-            f"'{folder}': '{module}' has rank {a.shape[0]}, but its config says {config.rank_of(module)}: "
-            f"the scale can't be known"
-        )
-    return Delta((Term(b, a, config.scale_of(module)),), kind)

@@ -129,7 +129,7 @@ def beyond_plain_lora(config: AdapterConfig) -> dict[str, str]:
         )
         if raw.get(name)
     }  # fmt: skip
-    if raw.get("bias", "none") != "none":
+    if (raw.get("bias") or "none") != "none":
         found["bias"] = f"bias '{raw['bias']}'"
     init = raw.get("init_lora_weights", True)
     if init is not None and str(init).lower() not in PLAIN_INITS:
@@ -151,8 +151,12 @@ def ensure_plain(
         UnsupportedAdapter: names what there is, and what helps.
     """
     beyond = {feature: words for feature, words in beyond_plain_lora(config).items() if feature not in besides}
-    found = list(beyond.values())
     rest = sorted(others)
+    if not any(other.endswith(".bias") for other in rest):
+        beyond.pop("bias", None)  # of a base that has none, as Llama
+    if "modules_to_save" in beyond and not rest:
+        raise InvalidFile(f"adapter '{name}' is incomplete: it has modules_to_save, and its file no such tensor")
+    found = list(beyond.values())
     if rest:
         shown = ", ".join(rest[:4]) + (f" and {len(rest) - 4} more" if len(rest) > 4 else "")
         found.append(f"the tensors {shown}")
@@ -168,6 +172,8 @@ def _cure(beyond: Mapping[str, str]) -> str:
             "these are trained copies of the base's values, which no weight scales; to average them between adapters, "
             "ask for it (mix --trained average)"
         )
+    if "target_parameters" in beyond:
+        return "merge it into its base (lorakit merge)"
     return (
         "merge it into its base (lorakit merge), or approximate it by plain LoRA "
         "(lorakit extract ADAPTER --base BASE --rank N)"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit.errors import UnsupportedAdapter, WrongBase
+from lorakit.errors import UnsupportedAdapter, UsageError, WrongBase
 from lorakit.files.safetensors import StoredTensor
-from lorakit.files.tensors import load_tensor
+from lorakit.files.tensors import load_floats
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class Term:
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor]:
         """B and A as they are stored."""
-        return load_tensor(self.B), load_tensor(self.A)
+        return load_floats(self.B), load_floats(self.A)
 
     @property
     def key(self) -> Any:
@@ -180,6 +181,8 @@ class Delta:
         return left, right
 
     def scaled(self, weight: float) -> Delta:
+        """Raises UsageError for a weight that is not finite."""
+        require_finite(weight)
         return replace(self, terms=tuple(replace(term, weight=term.weight * weight) for term in self.terms))
 
     def plus(self, other: Delta, *, module: str) -> Delta:
@@ -213,8 +216,18 @@ class Delta:
     def __add__(self, other: Delta) -> Delta:
         return self.plus(other, module="delta") if isinstance(other, Delta) else NotImplemented
 
+    def __radd__(self, other: Any) -> Delta:
+        """So that `sum([a, b])` works: it starts from 0."""
+        return self if other == 0 else NotImplemented
+
     def __sub__(self, other: Delta) -> Delta:
         return self + other.scaled(-1.0) if isinstance(other, Delta) else NotImplemented
+
+
+def require_finite(weight: float) -> None:
+    """Raises UsageError for NaN and infinity."""
+    if not isfinite(weight):
+        raise UsageError(f"the weight {weight} is no finite number")
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,12 @@ _OTHERS: tuple[tuple[re.Pattern[str], Part], ...] = (
 )
 _PREFIX = "base_model.model."
 # What PEFT puts between a module's path and its own tensors.
+_TABLE = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|lm_head|embed_out)\.weight$")
 _WRAPPING = re.compile(r"\.(?:base_layer|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?)(?=\.)")
+
+
+# What torch.compile, FSDP and activation checkpointing put into paths; DDP puts `module.` before them.
+WRAPPERS = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +48,18 @@ class Key:
     adapter: str | None = None
 
 
+def unwrapped(path: str) -> str:
+    """A module's path without the wrappers that it was trained in."""
+    for wrapper in WRAPPERS:
+        path = path.replace(wrapper, "")
+    while path.startswith("module."):
+        path = path.removeprefix("module.")
+    return path
+
+
 def parse_key(name: str) -> Key:
     """Take a tensor's name apart; a trained bias or a whole module, and what is unknown, has the part `other`."""
-    path = name.removeprefix(_PREFIX)
+    path = unwrapped(name)
     match = _FACTOR.match(path)
     if match is None or (match["part"] in ("lora_A", "lora_B")) != (match["leaf"] is not None):
         for pattern, kind in _OTHERS:
@@ -65,6 +79,13 @@ def factor_name(module: str, part: Part) -> str:
 def is_base_copy(name: str) -> bool:
     """Whether it is a whole embedding, which PEFT saves beside its factors: the base's rows, not a delta."""
     return name.endswith(".base_layer.weight")
+
+
+def is_table(name: str) -> bool:
+    """Whether it is an embedding or a head by itself, which PEFT saves where asked (`save_embedding_layers`) or where
+    the vocabulary was resized.
+    """
+    return bool(_TABLE.search(name))
 
 
 def base_path(name: str) -> str:

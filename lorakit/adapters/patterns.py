@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
+from lorakit.adapters.delta import require_finite
 from lorakit.errors import NotFound, UsageError
 
 
@@ -42,11 +43,21 @@ def weights_by_module(patterns: Mapping[str, float], modules: Iterable[str], own
     chosen(patterns, every, owner)
     weights: dict[str, float] = {}
     for module in every:
-        weight = next((float(value) for pattern, value in patterns.items() if names(pattern, module)), None)
-        if weight is None:
+        if not any(names(pattern, module) for pattern in patterns):
             raise UsageError(f"no pattern gives a weight to '{module}' of adapter '{owner}': add '*' behind the others")
-        weights[module] = weight
+        weights[module] = weight_of(patterns, module)
     return weights
+
+
+def weight_of(patterns: Mapping[str, float], module: str) -> float:
+    """The weight of the first pattern that means the module; 0 where none does.
+
+    Raises:
+        UsageError: it is not finite.
+    """
+    weight = next((float(value) for pattern, value in patterns.items() if names(pattern, module)), 0.0)
+    require_finite(weight)
+    return weight
 
 
 def _one(modules: list[str]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.config import AdapterConfig
+from lorakit.adapters.report import MixReport
 from lorakit.errors import Conflict
 from lorakit.files.digests import file_digest
 from lorakit.files.folders import FileState, file_state
@@ -30,7 +31,7 @@ class Source:
     @property
     def key(self) -> Any:
         """Equal for sources that differ in their weight alone."""
-        return self.file, self.state, self.parts
+        return self.folder, self.file, self.state, self.parts
 
     def files(self) -> Iterator[Source]:
         yield self
@@ -55,6 +56,7 @@ class Stage:
     sources: tuple[Source | Stage, ...]
     weight: float = 1.0
     parts: tuple[str, ...] = ()
+    reported: Callable[[], MixReport] | None = field(default=None, compare=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -82,4 +84,6 @@ class Stage:
             "operation": self.operation, "settings": dict(self.settings), "weight": self.weight,
             "parents": [source.as_parent() for source in self.sources],
         }  # fmt: skip
+        if self.reported is not None:
+            parent["truncation_error"] = self.reported().truncation_error
         return parent | ({"parts": list(self.parts)} if self.parts else {})

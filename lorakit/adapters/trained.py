@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.config import AdapterConfig
-from lorakit.adapters.keys import base_path, is_base_copy, parse_key
-from lorakit.errors import InvalidFile, UsageError, WrongBase
+from lorakit.adapters.keys import base_path, is_base_copy, is_table, parse_key
+from lorakit.errors import InvalidFile, UnsupportedAdapter, UsageError, WrongBase
 from lorakit.files.safetensors import StoredTensor
-from lorakit.files.tensors import load_tensor, same_bytes
+from lorakit.files.tensors import FLOATS, load_floats, load_tensor, same_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +43,12 @@ class Blend:
         """Of `dtype`; summed in float64."""
         import torch
 
-        if self.dtype != "F32":
-            return load_tensor(self.parts[0][0])
+        (first, factor), *more = self.parts
+        if factor == 1 and not more:
+            return load_floats(first) if first.dtype in FLOATS else load_tensor(first)
         total = torch.zeros(self.shape, dtype=torch.float64)
         for stored, factor in self.parts:
-            total += factor * load_tensor(stored).double()
+            total += factor * load_floats(stored).double()
         return total.float()
 
     def scaled(self, weight: float) -> Blend:
@@ -92,7 +93,7 @@ class Rows:
         weights = torch.zeros(len(place), 1, dtype=torch.float64)
         for stored, indices, weight in self.parts:
             rows = torch.tensor([place[index] for index in indices])
-            total.index_add_(0, rows, weight * load_tensor(stored).double())
+            total.index_add_(0, rows, weight * load_floats(stored).double())
             weights.index_add_(0, rows, torch.full((len(indices), 1), weight, dtype=torch.float64))
         return (total / weights).float()
 
@@ -109,8 +110,18 @@ class Trained:
     modules: tuple[str, ...] = ()
     bias: str = "none"
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The paths of the modules that have any."""
+        return tuple(dict.fromkeys((*(owner_of(path) for path in self.tensors), *self.rows)))
+
     def __bool__(self) -> bool:
         return bool(self.tensors or self.rows)
+
+
+def owner_of(path: str) -> str:
+    """The module of a tensor's path, or of rows."""
+    return path.removesuffix(".weight").removesuffix(".bias")
 
 
 def rows_of(config: AdapterConfig, module: str) -> tuple[int, ...] | None:
@@ -143,9 +154,7 @@ def trained_of(config: AdapterConfig, others: Sequence[StoredTensor], name: str)
                     f"{'no' if indices is None else len(set(indices))} rows of '{key.module}'"
                 )
             rows[key.module] = Rows(((stored, indices, 1.0),))
-        elif key.part != "other" or is_base_copy(stored.name) or ".original_module." in stored.name:
-            rest.append(stored)
-        elif _is_asked_for(config, path):
+        elif key.part == "other" and ".original_module." not in stored.name and _is_asked_for(config, path):
             tensors[path] = Blend(((stored, 1.0),))
         else:
             rest.append(stored)
@@ -154,11 +163,22 @@ def trained_of(config: AdapterConfig, others: Sequence[StoredTensor], name: str)
 
 
 def _is_asked_for(config: AdapterConfig, path: str) -> bool:
-    """Whether the config speaks of such a tensor: a module to save, or a bias."""
+    """Whether the config speaks of such a tensor: a bias, or one below a module to save.
+
+    PEFT saves the modules whose path ends in one of the names (peft/utils/other.py, `_set_trainable`): "norm" is
+    "input_layernorm" too.
+    """
     module, _, leaf = path.rpartition(".")
-    if leaf == "bias" and config.raw.get("bias", "none") not in (None, "none"):
+    if leaf == "bias" and (config.raw.get("bias") or "none") != "none":
         return True
-    return any(f".{saved}." in f".{module}." for saved in config.raw.get("modules_to_save") or ())
+    parts = module.split(".")
+    above = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(ancestor.endswith(str(saved)) for saved in config.raw.get("modules_to_save") or () for ancestor in above)
+
+
+def is_kept(config: AdapterConfig, name: str) -> bool:
+    """Whether it is the base's own table, or one of a resized vocabulary: kept as it is, where adapters agree on it."""
+    return is_base_copy(name) or (is_table(name) and not _is_asked_for(config, base_path(name)))
 
 
 def averaged(parts: Sequence[tuple[Trained, Weigh]]) -> tuple[Trained, tuple[str, ...]]:
@@ -194,10 +214,12 @@ def _held_by_some(what: str, holders: int, adapters: int) -> list[str]:
 
 
 def _average(path: str, holders: Sequence[tuple[Blend, float]]) -> Blend:
+    total = _total(path, [weight for _, weight in holders])
     first = holders[0][0]
     if all(len(blend.parts) == 1 and same_bytes(blend.parts[0][0], first.parts[0][0]) for blend, _ in holders):
         return first
-    total = _total(path, [weight for _, weight in holders])
+    if any(stored.dtype not in FLOATS for blend, _ in holders for stored, _ in blend.parts):
+        raise UnsupportedAdapter(f"'{path}' is of no floating dtype, and differs between adapters: it has no average")
     blend = first.scaled(holders[0][1] / total)
     for other, weight in holders[1:]:
         blend = blend.plus(other.scaled(weight / total), name=path)

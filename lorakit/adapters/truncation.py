@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from threading import RLock
+from typing import TYPE_CHECKING, TypeAlias
 
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
+
+Factors: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # B (m, r) and A (r, n)
 
 
 def product_svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,6 +37,11 @@ def product_spectrum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     r_right = torch.linalg.qr(right.T, mode="r")[1]
     spectrum: torch.Tensor = torch.linalg.svdvals(r_left @ r_right.T)
     return spectrum
+
+
+def inner_product(one: Factors, other: Factors) -> float:
+    """⟨B₁A₁, B₂A₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ)), for B (m, r) and A (r, n)."""
+    return float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
 
 
 def rank_for_energy(spectrum: Sequence[float], energy: float, total: float | None = None) -> int:
@@ -71,8 +79,8 @@ def ranks_within(spectra: Mapping[str, Sequence[float]], costs: Mapping[str, int
             continue
         ranks[module] += 1
         left -= costs[module]
-    if not any(ranks.values()):
-        cheapest = min((costs[module] for _, module in offers), default=0)
+    if offers and not any(ranks.values()):
+        cheapest = min(costs[module] for _, module in offers)
         raise UsageError(f"a budget of {budget} parameters holds nothing: one rank of one module takes {cheapest}")
     return ranks
 
@@ -83,14 +91,22 @@ def cut(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int) -> tuple[
     return (u[:, :rank] * root).float().contiguous(), (root[:, None] * vh[:rank]).float().contiguous()
 
 
+_ALONE = RLock()
+_alone: list[int] = []  # how many threads there were, for each that runs now
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """For thin factors: more gain nothing, and cost much where they wait for one another on a busy machine."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _ALONE:
+        _alone.append(_alone[0] if _alone else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _ALONE:
+            before = _alone.pop()
+            if not _alone:
+                torch.set_num_threads(before)

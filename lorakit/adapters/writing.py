@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.adapter import WEIGHTS, Adapter
-from lorakit.adapters.delta import Delta
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.delta import Delta, made
 from lorakit.adapters.keys import Part, factor_name
+from lorakit.adapters.reading import WEIGHTS
 from lorakit.adapters.source import Source, Stage
-from lorakit.errors import UnsupportedAdapter
+from lorakit.adapters.trained import Trained
+from lorakit.adapters.truncation import product_spectrum
+from lorakit.errors import UnsupportedAdapter, UsageError
 from lorakit.files.folders import copy_range, whole_folder, write_all, write_json
 from lorakit.files.provenance import write_provenance
 from lorakit.files.safetensors import planned_header
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _PREFIX = "base_model.model."
+SAME = 1e-5  # of the norm: two changes that differ by no more are one, rounded twice
 
 Planned = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -37,15 +42,20 @@ def save_adapter(adapter: Adapter, folder: Path, *, rename: Mapping[str, str] | 
         UnsupportedAdapter: there is more in it than can be written as LoRA.
         Conflict: `folder` exists, or a source was written again meanwhile.
     """
-    adapter = adapter.plain(work="written")
+    if not adapter.deltas and not adapter.trained:
+        raise UsageError(f"nothing is left of adapter '{adapter.name}' to write: no module")
+    adapter = replace(replace(adapter, trained=Trained()).plain(work="written"), trained=adapter.trained)
     with whole_folder(folder) as beside:
         report = adapter.report  # which computes all factors, on all cores
         write_adapter_files(adapter, beside, rename=rename)
         operation, settings, parents = _made_by(adapter)
-        measured = {"truncation_error": report.truncation_error, "report": report.as_dict()} if report else {}
+        measured: dict[str, Any] = {"truncation_error": 0.0}
+        if report:
+            measured = {"truncation_error": report.truncation_error, "report": report.as_dict()}
+        elif any(isinstance(source, Stage) for source in adapter.sources):
+            measured = {}  # each stage says its own
         write_provenance(
-            beside, operation, parents=parents, settings=settings, rank=adapter.rank,
-            **({"truncation_error": 0.0} | measured),
+            beside, operation, parents=parents, settings=settings, rank=adapter.rank, **measured
         )  # fmt: skip
         adapter.ensure_unchanged()
     return folder
@@ -73,6 +83,9 @@ def write_adapter_files(adapter: Adapter, folder: Path, *, rename: Mapping[str, 
             f"adapter '{adapter.name}' has biases of lora_B and changes an embedding: PEFT has no lora_bias for "
             f"embeddings, so one adapter can't hold both"
         )
+    tied = _tied(deltas) if adapter.config.raw.get("ensure_weight_tying") is True else None
+    if tied is not None:
+        deltas[tied[1]] = _transposed(deltas[tied[0]])
     ranks = {module: max(1, delta.rank) for module, delta in deltas.items()}
     largest = max(ranks.values(), default=1)
     if not adapter.own_ranks:
@@ -91,7 +104,8 @@ def write_adapter_files(adapter: Adapter, folder: Path, *, rename: Mapping[str, 
         for name, tensor in _tensors(deltas, ranks):
             write_all(stream.fileno(), tensor_bytes(tensor), header.tensors[name].start)
         for module, bias in biases.items():
-            write_all(stream.fileno(), tensor_bytes(bias.load()), header.tensors[_bias_name(module)].start)
+            place = header.tensors[_bias_name(module)].start
+            write_all(stream.fileno(), tensor_bytes(bias.load().float().contiguous()), place)
         for name, blend in trained.items():
             write_all(stream.fileno(), tensor_bytes(blend.load().contiguous()), header.tensors[name].start)
         for module, rows in adapter.trained.rows.items():
@@ -100,7 +114,41 @@ def write_adapter_files(adapter: Adapter, folder: Path, *, rename: Mapping[str, 
             with stored.file.open("rb") as source:
                 place = header.tensors[stored.name].start
                 copy_range(source.fileno(), stream.fileno(), stored.start, place, stored.nbytes)
-    write_json(folder / "adapter_config.json", _config(adapter, ranks, bool(biases)))
+    config = _config(adapter, ranks, bool(biases)) | ({"ensure_weight_tying": True} if tied else {})
+    write_json(folder / "adapter_config.json", config)
+
+
+def _tied(deltas: Mapping[str, Delta]) -> tuple[str, str] | None:
+    """The embedding and the head that get the same change: PEFT's `ensure_weight_tying` wants one's factors to be the
+    other's, transposed, so that a tied base stays so.
+    """
+    import torch
+
+    for embedding, rows in deltas.items():
+        for head, delta in deltas.items():
+            if rows.kind != "embedding" or delta.kind != "linear" or rows.shape != delta.shape:
+                continue
+            (left, right), (b, a) = delta.stacked(), rows.stacked()
+            between = product_spectrum(torch.cat([left, -a.T], dim=1), torch.cat([right, b.T]))
+            if float(between.norm()) <= SAME * delta.norm():
+                return embedding, head
+    return None
+
+
+def _transposed(delta: Delta) -> Delta:
+    """Of an embedding's change, that of the head which it is tied to, with the very factors that are written for it."""
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = written(delta)
+        return a.T.contiguous(), b.T.contiguous()
+
+    out, into = delta.terms[0].shape
+    return Delta((made((into, out), make, delta.rank),), "linear")
+
+
+def written(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B in float32, with the scale in B: scale · B in float64, rounded once."""
+    return delta.A.float(), (delta.B.double() * delta.scale).float()
 
 
 def _parts(delta: Delta) -> tuple[Part, Part]:
@@ -126,9 +174,10 @@ def _tensors(deltas: Mapping[str, Delta], ranks: Mapping[str, int]) -> Iterator[
     for module, delta in deltas.items():
         part_a, part_b = _parts(delta)
         missing = ranks[module] - delta.rank
-        a = torch.nn.functional.pad(delta.A.float(), (0, 0, 0, missing))
-        # scale · B in float64, rounded once: delta.scale is 1 where B holds the scales already
-        b = torch.nn.functional.pad((delta.B.double() * delta.scale).float(), (0, missing))
+        a, b = written(delta)
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UnsupportedAdapter(f"the factors of '{module}' are too large for float32: give smaller weights")
         yield factor_name(module, part_a), a.contiguous()
         yield factor_name(module, part_b), b.contiguous()
 

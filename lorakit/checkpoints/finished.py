@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorakit.adapters.adapter import UNFINISHED, WEIGHTS
 from lorakit.adapters.config import read_config
+from lorakit.adapters.reading import UNFINISHED, WEIGHTS
 from lorakit.checkpoints.trainer_state import FILE as TRAINER_STATE
 from lorakit.errors import InvalidFile, NotFound
 from lorakit.files.folders import read_json

@@ -19,7 +19,7 @@ from lorakit.cli.shared import (
     rank_options,
     weighted,
 )
-from lorakit.errors import UsageError
+from lorakit.errors import NotFound, UsageError
 
 
 @click.command("mix")
@@ -81,9 +81,9 @@ def command(
     options |= named_values(more)
     from pathlib import Path
 
+    from lorakit.adapters.report import MixReport
     from lorakit.files.folders import refuse_existing
     from lorakit.mix.mix import mix
-    from lorakit.mix.report import MixReport
     from lorakit.mix.stages import mix_in_stages
 
     if out is not None:
@@ -127,10 +127,15 @@ def _by_module(pairs: list[tuple[str, float]], file: str | None) -> list[tuple[s
 
     from lorakit.files.folders import read_json
 
+    if not Path(file).is_file():
+        raise NotFound(f"there is no file '{file}' with weights")
     said = read_json(Path(file))
     unknown = said.keys() - {adapter for adapter, _ in pairs}
     if unknown:
         raise UsageError(f"'{file}' gives weights to '{min(unknown)}', which is none of the adapters: name them alike")
+    twice = next((adapter for adapter, weight in pairs if adapter in said and weight != 1), None)
+    if twice is not None:
+        raise UsageError(f"'{twice}' has a weight of its own, and another in '{file}': give one")
     for adapter, weights in said.items():
         values = weights.values() if isinstance(weights, dict) else [weights]
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):

@@ -92,7 +92,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:
-    from lorakit.adapters.adapter import load_adapter
+    from lorakit.adapters.reading import load_adapter
     from lorakit.files.safetensors import read_header
 
     adapter = load_adapter(folder)
@@ -129,7 +129,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     """What the table of several adapters says of one; what can't be read has the reason in place of its numbers."""
     from math import sqrt
 
-    from lorakit.adapters.adapter import load_adapter
+    from lorakit.adapters.reading import load_adapter
     from lorakit.adapters.truncation import one_thread
     from lorakit.mix.lineage import lineage_of
 

@@ -39,9 +39,9 @@ def command(
         raise UsageError("name the folder to write with --out, or ask for the report alone with --dry-run")
     from pathlib import Path
 
+    from lorakit.adapters.report import MixReport
     from lorakit.cli.mix import print_mix
     from lorakit.files.folders import refuse_existing
-    from lorakit.mix.report import MixReport
     from lorakit.mix.shrink import shrink
 
     if out is not None:

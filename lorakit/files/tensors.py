@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from lorakit.errors import InvalidFile
+from lorakit.errors import InvalidFile, NotFound
 from lorakit.files.safetensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -36,11 +36,25 @@ def load_tensor(stored: StoredTensor) -> torch.Tensor:
     import torch
 
     buffer = bytearray(stored.nbytes)
-    with stored.file.open("rb") as stream:
+    with _opened(stored) as stream:
         read_into(stream.fileno(), memoryview(buffer), stored.start, stored)
     if not buffer:
         return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
     return torch.frombuffer(buffer, dtype=torch_dtype(stored.dtype)).reshape(stored.shape)
+
+
+def load_floats(stored: StoredTensor) -> torch.Tensor:
+    """Read one whole tensor of finite numbers.
+
+    Raises:
+        InvalidFile: it is of no floating dtype, or holds NaN or infinity.
+    """
+    if stored.dtype not in FLOATS:
+        raise InvalidFile(f"'{stored.file}': '{stored.name}' is {stored.dtype}: save it in bf16, fp16 or fp32")
+    tensor = load_tensor(stored)
+    if not tensor.isfinite().all():
+        raise InvalidFile(f"'{stored.file}': '{stored.name}' holds NaN or infinity: it was broken in training")
+    return tensor
 
 
 def read_into(reader: int, view: memoryview, offset: int, stored: StoredTensor) -> None:
@@ -55,6 +69,13 @@ def read_into(reader: int, view: memoryview, offset: int, stored: StoredTensor) 
         if got == 0:
             raise InvalidFile(f"'{stored.file}' became shorter while '{stored.name}' was read")
         done += got
+
+
+def _opened(stored: StoredTensor) -> BinaryIO:
+    try:
+        return stored.file.open("rb")
+    except FileNotFoundError:
+        raise NotFound(f"'{stored.file}' is gone, and '{stored.name}' was still to be read from it") from None
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

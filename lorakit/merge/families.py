@@ -33,9 +33,6 @@ PREFIXES = (
     "",
 )
 
-# What wrappers put into a path, anywhere and any number of times.
-WRAPPERS = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
 
 class Rename(NamedTuple):
     """Two spellings of a part of a path, where the path also has `within` in it."""

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from functools import cached_property
 
-from lorakit.merge.families import PREFIXES, RENAMES, TOGETHER, WRAPPERS
+from lorakit.adapters.keys import unwrapped
+from lorakit.merge.families import PREFIXES, RENAMES, TOGETHER
 
 __all__ = ["PREFIXES", "Resolver", "copied_from_base"]
 
@@ -34,7 +35,7 @@ class Resolver:
         """
         if path in self.names:
             return path
-        plain = _unwrapped(path)
+        plain = unwrapped(path)
         for spellings in ((path, plain), _respelled(plain)):
             found = {name for spelling in spellings for name in _moved(spelling) if name in self.names}
             if found:
@@ -73,14 +74,6 @@ class Resolver:
         numbers = _NUMBER.findall(module)
         names = self._alike[pattern]
         return next((name for name in names if _NUMBER.findall(name) == numbers), names[0])
-
-
-def _unwrapped(path: str) -> str:
-    for wrapper in WRAPPERS:
-        path = path.replace(wrapper, "")
-    while path.startswith("module."):
-        path = path.removeprefix("module.")
-    return path
 
 
 def _moved(path: str) -> Iterator[str]:

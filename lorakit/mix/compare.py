@@ -13,27 +13,21 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
 from math import sqrt
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.patterns import names
-from lorakit.adapters.truncation import one_thread, product_svd
-from lorakit.errors import InvalidFile, UsageError, WrongBase
+from lorakit.adapters.truncation import Factors, inner_product, one_thread, product_svd
+from lorakit.errors import UsageError, WrongBase
 from lorakit.mix.opened import AdapterLike, opened
 
 if TYPE_CHECKING:
     import torch
 
-Factors: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # B̂ (out, r) with the scales in it, Â (r, in), both float64
 
 CUTOFF = 1e-6  # of the largest singular value: what float32 factors can't tell from zero
 NOISE = 1e-14  # of ‖B̂‖ ‖Â‖: what float64 can't
-
-
-def inner_product(one: Factors, other: Factors) -> float:
-    """⟨Δ₁, Δ₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ))."""
-    return float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
 
 
 def cosine(product: float, norm: float, other_norm: float) -> float | None:
@@ -257,7 +251,7 @@ def _relations(adapters: Sequence[Adapter], module: str) -> dict[tuple[int, int]
     """For each two adapters, by their places, of which one has the module at least."""
     there = {i: adapter.deltas[module] for i, adapter in enumerate(adapters) if module in adapter.deltas}
     _require_same_shape(module, list(there.values()))
-    known = {i: spaces(finite_factors(delta, adapters[i], module)) for i, delta in there.items()}
+    known = {i: spaces(delta.stacked()) for i, delta in there.items()}
     found = {}
     for i, j in combinations(range(len(adapters)), 2):
         one, other = known.get(i), known.get(j)
@@ -294,14 +288,6 @@ def matching_modules(adapters: Sequence[Adapter], pattern: str) -> list[str]:
     if modules and not matching:
         raise UsageError(f"no module matches {pattern!r}; there are {len(modules)}, the first is {modules[0]!r}")
     return matching
-
-
-def finite_factors(delta: Delta, adapter: Adapter, module: str) -> Factors:
-    """Raises InvalidFile when they hold NaN or infinity."""
-    left, right = delta.stacked()
-    if not (left.isfinite().all() and right.isfinite().all()):
-        raise InvalidFile(f"adapter '{adapter.name}' holds NaN or infinity at {module!r}: it was broken in training")
-    return left, right
 
 
 def different_bases(adapters: Sequence[Adapter]) -> tuple[str, ...]:

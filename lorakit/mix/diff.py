@@ -19,18 +19,15 @@ from typing import Any, Literal, TypeVar
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.truncation import one_thread, product_spectrum
+from lorakit.adapters.truncation import Factors, inner_product, one_thread, product_spectrum
 from lorakit.errors import NotFound, Refused, UnsupportedAdapter
 from lorakit.files.safetensors import StoredTensor, read_header
 from lorakit.files.tensors import FLOATS, read_into, same_bytes, torch_dtype
 from lorakit.mix.compare import (
     CUTOFF,
     NOISE,
-    Factors,
     cosine,
     different_bases,
-    finite_factors,
-    inner_product,
     matching_modules,
     with_biases,
 )
@@ -270,10 +267,7 @@ def _opened(reference: str | os.PathLike[str]) -> Adapter:
 def _through_stages(adapters: Sequence[Adapter], module: str) -> ModuleDiff:
     """Its factors at all stages are in memory at once, and no other module's."""
     deltas = [adapter.deltas.get(module) for adapter in adapters]
-    factors = [
-        None if delta is None else finite_factors(delta, adapter, module)
-        for delta, adapter in zip(deltas, adapters, strict=True)
-    ]
+    factors = [None if delta is None else delta.stacked() for delta, adapter in zip(deltas, adapters, strict=True)]
     stages = [
         ModuleStage(delta.shape, delta.rank, _spectrum(pair)) if delta and pair else None
         for delta, pair in zip(deltas, factors, strict=True)

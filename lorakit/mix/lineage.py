@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.adapters.adapter import WEIGHTS
+from lorakit.adapters.reading import WEIGHTS
 from lorakit.errors import InvalidFile, LorakitError, NotFound
 from lorakit.files.digests import file_digest
 from lorakit.files.folders import read_json

@@ -5,26 +5,29 @@ Exact unless asked otherwise: the weighted sum, with stacked factors, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
+from operator import index
 from typing import Any
 
-from lorakit.adapters.adapter import Adapter, Weight
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta, made
-from lorakit.adapters.patterns import names, weights_by_module
+from lorakit.adapters.patterns import weight_of, weights_by_module
+from lorakit.adapters.report import Weight
 from lorakit.adapters.source import Stage
-from lorakit.adapters.trained import Trained, Weigh, averaged
-from lorakit.errors import UsageError, WrongBase
+from lorakit.adapters.trained import Trained, Weigh, averaged, owner_of
+from lorakit.errors import UsageError
+from lorakit.merge.base import read_base
 from lorakit.mix.methods.low_rank import LowRank
 from lorakit.mix.methods.registry import Method, checked_options, method_named
-from lorakit.mix.opened import AdapterLike, BaseLike, opened, with_trained
-from lorakit.mix.reduce import Change, Dense, RankChoice, Reduced, reduced
-from lorakit.mix.report import MixReport, norms_and_cosines, overall_error
+from lorakit.mix.opened import AdapterLike, BaseLike, opened, require_device, with_one_name_each, with_trained
+from lorakit.mix.reduce import Change, Dense, RankChoice, reduced
+from lorakit.mix.report import report_of
 
 
 def mix(
-    pairs: Sequence[tuple[AdapterLike, Weight]],
+    pairs: Iterable[tuple[AdapterLike, Weight] | AdapterLike],
     method: str = "linear",
     rank: int | str | None = None,
     *,
@@ -41,8 +44,8 @@ def mix(
     Nothing is computed before it is asked for (`save`, `report`, a delta's factors), but for a budget.
 
     Args:
-        pairs: (adapter, weight). A weight may be given by pattern of modules, `{"*.self_attn.*": 0.8, "*": 0.4}`: the
-            first that fits counts. The same adapter twice adds up its weights.
+        pairs: (adapter, weight), or an adapter alone for 1. A weight may be given by pattern of modules,
+            `{"*.self_attn.*": 0.8, "*": 0.4}`: the first that fits counts. The same adapter twice adds up its weights.
         method: "linear", the weighted sum, or another of `lorakit methods`.
         rank: "exact" (the default), or the largest rank of any module.
         energy: instead, the share of each module's squared norm to keep.
@@ -51,13 +54,14 @@ def mix(
             of `trainable_token_indices`, trained biases), which otherwise are refused.
         own_ranks: write each module with its own rank (`rank_pattern`), which vLLM before 0.32 ignores; the default
             with a budget. Else all get the largest, padded with zeros.
-        base: for adapters (VeRA, MiSS) whose files don't say how large a layer is; else the one they name.
+        base: its headers say how large a layer is where an adapter's file does not (VeRA, MiSS), and what a module is
+            called where the adapters don't agree. For the first, the base that the adapter names will do.
         device: where a method computes: "auto", "cpu", "cuda", "cuda:1".
         options: the method's own, as `density`, `seed`.
 
     Raises:
-        UsageError: there is no such method, rank or option, or nothing to mix.
-        WrongBase: a module has different shapes in two adapters.
+        UsageError: there is no such method, rank, option or device, or nothing to mix.
+        WrongBase: a module has different shapes in two adapters, or they call the modules by different names.
         UnsupportedAdapter: an adapter has more than deltas.
     """
     choice = rank_choice(rank, energy, budget)
@@ -65,27 +69,68 @@ def mix(
     settings = checked_options(chosen, options)
     if trained not in ("refuse", "average"):
         raise UsageError(f"trained '{trained}': it is 'refuse' or 'average'")
-    if not pairs:
-        raise UsageError("no adapter is named: there is nothing to mix")
-    adapters = [opened(adapter, base) for adapter, _ in pairs]
-    weights = [weight if isinstance(weight, Mapping) else float(weight) for _, weight in pairs]
-    ready = [with_trained(adapter) if trained == "average" else adapter for adapter in adapters]
-    copies = [adapter.trained for adapter in ready]
-    plain = [replace(adapter.plain(work="mixed"), trained=Trained()) for adapter in ready]
-    sum_of_all = _sum(plain, weights)
-    changes = sum_of_all.deltas if chosen.name == "linear" else _merged(chosen, plain, weights, settings, device)
-    result = reduced(changes, choice)
-    average, notes = averaged(list(zip(copies, (_weigh(weight) for weight in weights), strict=True)))
+    require_device(device)
+    adapters, weights = _opened(pairs, base)
+    ready = [with_trained(adapter) if trained == "average" else adapter.plain(work="mixed") for adapter in adapters]
+    weighted = [adapter.weighted(weight) for adapter, weight in zip(ready, weights, strict=True)]
+    plain = [replace(adapter, trained=Trained()).plain(work="mixed") for adapter in ready]
+    parts = [replace(adapter, trained=Trained()) for adapter in weighted]
+    total = reduce(Adapter.plus, parts)
+    by_method = chosen.name != "linear"
+    changes = _merged(chosen, plain, weights, settings, device) if by_method else total.deltas
+    result = reduced(changes, choice, keep=total.biases)
+    copies = [(adapter.trained, _weigh(adapter, weight)) for adapter, weight in zip(ready, weights, strict=True)]
+    average, notes = averaged(copies)
     said = {"method": method, **choice.as_dict(), **settings, **({"trained": trained} if average else {})}
-    flat = chosen.name == "linear" and choice.is_exact and not average
+    flat = not by_method and choice.is_exact and not average
+    reported = cache(
+        lambda: report_of(result, plain, weights, method, said, (*notes, *_on_biases(total, by_method=by_method)))
+    )
+    sources = tuple(source for part in parts for source in part.sources)
     return replace(
-        sum_of_all,
+        total,
         deltas=result.deltas,
-        sources=sum_of_all.sources if flat else (Stage("mix", said, _sources(plain, weights)),),
+        sources=total.sources if flat else (Stage("mix", said, sources, reported=reported),),
         trained=average,
         own_ranks=budget is not None if own_ranks is None else own_ranks,
-        reported=cache(lambda: report_of(result, plain, weights, method, said, notes)),
+        reported=reported,
     )
+
+
+def _opened(
+    pairs: Iterable[tuple[AdapterLike, Weight] | AdapterLike], base: BaseLike | None
+) -> tuple[list[Adapter], list[Weight]]:
+    """Each adapter once, with its weights added up, as far as they are numbers."""
+    model = None if base is None else read_base(base)
+    adapters: list[Adapter] = []
+    weights: list[Weight] = []
+    places: dict[Any, int] = {}
+    for pair in pairs:
+        named, weight = pair if isinstance(pair, tuple) else (pair, 1.0)
+        adapter = opened(named, model)
+        given = {key: float(value) for key, value in weight.items()} if isinstance(weight, Mapping) else float(weight)
+        place = places.setdefault(tuple((source.key, source.weight) for source in adapter.sources), len(adapters))
+        before = weights[place] if place < len(adapters) else None
+        if isinstance(before, float) and isinstance(given, float) and adapters[place] == adapter:
+            weights[place] = before + given
+        else:
+            adapters.append(adapter)
+            weights.append(given)
+    if not adapters:
+        raise UsageError("no adapter is named: there is nothing to mix")
+    return with_one_name_each(adapters, model), weights
+
+
+def _on_biases(total: Adapter, *, by_method: bool) -> list[str]:
+    if not total.biases:
+        return []
+    notes = ["biases of lora_B are added up by weight, whatever the method"] if by_method else []
+    if len(total.biases) < len(total.deltas):
+        notes.append(
+            "lora_bias goes for all modules of an adapter, so those without a bias get zeros: PEFT loads them, but its "
+            "own merge refuses modules whose base has no bias (lorakit merge takes them)"
+        )
+    return notes
 
 
 def rank_choice(rank: int | str | None, energy: float | None, budget: int | None) -> RankChoice:
@@ -96,51 +141,35 @@ def rank_choice(rank: int | str | None, energy: float | None, budget: int | None
         if rank == "exact" and (energy is not None or budget is not None):
             raise UsageError("rank 'exact' keeps all: leave energy and budget out")
         rank = None if rank == "exact" else int(rank)
-    return RankChoice(rank, energy, budget)
+    return RankChoice(_whole("rank", rank), None if energy is None else float(energy), _whole("budget", budget))
 
 
-def _sum(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> Adapter:
-    total = adapters[0].weighted(weights[0])
-    for adapter, weight in zip(adapters[1:], weights[1:], strict=True):
-        total = total.plus(adapter.weighted(weight))
-    return total
+def _whole(name: str, number: Any) -> int | None:
+    try:
+        return None if number is None else index(number)
+    except TypeError:
+        raise UsageError(f"{name} {number!r}: it is a whole number") from None
 
 
-def _sources(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> tuple[Any, ...]:
-    weighted = (adapter.weighted(weight) for adapter, weight in zip(adapters, weights, strict=True))
-    return tuple(source for adapter in weighted for source in adapter.sources)
-
-
-def _weigh(weight: Weight) -> Weigh:
-    """The weight for the path of a tensor."""
-
-    def weight_of(path: str) -> float:
-        if not isinstance(weight, Mapping):
-            return weight
-        module = path.removesuffix(".weight").removesuffix(".bias")
-        found = next((value for pattern, value in weight.items() if names(pattern, module)), None)
-        if found is None:
-            raise UsageError(f"no pattern gives a weight to the trained '{path}': add '*' behind the others")
-        return found
-
-    return weight_of
+def _weigh(adapter: Adapter, weight: Weight) -> Weigh:
+    """The weight for the path of a trained tensor."""
+    if not isinstance(weight, Mapping):
+        return lambda _: weight
+    weights = weights_by_module(weight, (*adapter.deltas, *adapter.trained.owners), adapter.name)
+    return lambda path: weights[owner_of(path)]
 
 
 def _merged(
     method: Method, adapters: Sequence[Adapter], weights: Sequence[Weight], settings: Mapping[str, Any], device: str
 ) -> dict[str, Change]:
     """What a method makes of each module, when it is asked for."""
-    by_module = [
-        weights_by_module(weight, adapter.deltas, adapter.name) if isinstance(weight, Mapping) else weight
-        for adapter, weight in zip(adapters, weights, strict=True)
-    ]
     modules = dict.fromkeys(module for adapter in adapters for module in adapter.deltas)
     return {
         module: _change(
             method,
             module,
             [adapter.deltas.get(module) for adapter in adapters],
-            [weight.get(module, 0.0) if isinstance(weight, Mapping) else weight for weight in by_module],
+            [weight_of(weight, module) if isinstance(weight, Mapping) else weight for weight in weights],
             settings,
             device,
         )
@@ -157,12 +186,6 @@ def _change(
     device: str,
 ) -> Change:
     there = [delta for delta in deltas if delta is not None]
-    for delta in there[1:]:
-        if (delta.shape, delta.kind) != (there[0].shape, there[0].kind):
-            raise WrongBase(
-                f"'{module}' is {there[0].kind} {list(there[0].shape)} in one adapter and {delta.kind} "
-                f"{list(delta.shape)} in another: they were made for different bases"
-            )
     shape = there[0].terms[0].shape
 
     def merged() -> Any:
@@ -186,32 +209,3 @@ def _low_rank(delta: Delta | None, shape: tuple[int, int], device: str) -> LowRa
     if delta is None:
         return LowRank(torch.zeros(shape[0], 0, device=device), torch.zeros(0, shape[1], device=device))
     return LowRank(delta.B.to(device), delta.A.to(device), delta.scale)
-
-
-def report_of(
-    result: Reduced,
-    adapters: Sequence[Adapter],
-    weights: Sequence[Weight],
-    method: str,
-    settings: Mapping[str, Any],
-    notes: Sequence[str] = (),
-) -> MixReport:
-    """Computes what was not computed yet."""
-    norms, cosines = norms_and_cosines([adapter.deltas for adapter in adapters])
-    by_module = result.reports()
-    bases = dict.fromkeys(str(adapter.base) for adapter in adapters)
-    different = (f"the adapters name different bases: {', '.join(bases)}",) if len(bases) > 1 else ()
-    return MixReport(
-        method=method,
-        adapters=tuple(adapter.name for adapter in adapters),
-        weights=tuple(weights),
-        rank=max((report.rank for report in by_module.values()), default=0),
-        modules=len(result.deltas),
-        norms=norms,
-        cosines=cosines,
-        parameters=sum(by_module[module].rank * sum(delta.shape) for module, delta in result.deltas.items()),
-        truncation_error=overall_error(by_module),
-        notes=(*different, *notes),
-        settings=settings,
-        by_module=by_module,
-    )

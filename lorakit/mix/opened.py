@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lorakit.adapters.adapter import Adapter
@@ -11,7 +11,7 @@ from lorakit.adapters.as_lora import NEEDS_SHAPES
 from lorakit.adapters.config import AVERAGED
 from lorakit.adapters.plain import as_lora
 from lorakit.adapters.trained import trained_of
-from lorakit.errors import UnsupportedAdapter
+from lorakit.errors import UnsupportedAdapter, WrongBase
 from lorakit.merge.base import BaseModel, read_base
 from lorakit.merge.layers import is_transposed
 from lorakit.merge.resolve import Resolver
@@ -21,7 +21,7 @@ AdapterLike = Adapter | str | os.PathLike[str]
 BaseLike = str | os.PathLike[str]
 
 
-def opened(adapter: AdapterLike, base: BaseLike | None = None) -> Adapter:
+def opened(adapter: AdapterLike, base: BaseModel | None = None) -> Adapter:
     """An adapter as LoRA, whatever method of PEFT it is of, where that is exact.
 
     `base` is looked at (its headers alone) for the methods whose files don't say how large a layer is; without it, the
@@ -36,13 +36,66 @@ def opened(adapter: AdapterLike, base: BaseLike | None = None) -> Adapter:
         return found
     if found.config.peft_type not in NEEDS_SHAPES:
         return as_lora(found)
-    reference = base if base is not None else found.base
-    if reference is None:
+    if base is None and found.base is None:
         raise UnsupportedAdapter(
             f"adapter '{found.name}' ({found.config.peft_type}) doesn't say how large the layers are that it changes: "
             f"name its base with --base"
         )
-    return as_lora(found, _Shapes(read_base(reference)))
+    return as_lora(found, _Shapes(base or read_base(str(found.base))))
+
+
+def with_one_name_each(adapters: Sequence[Adapter], base: BaseModel | None) -> list[Adapter]:
+    """The adapters as they are, or with the base's names for modules that some know by the end of the path alone
+    (`layers.0.mlp.up_proj` of an AutoModel, `model.layers.0.mlp.up_proj` of the class with a head).
+
+    Raises:
+        WrongBase: there are such, and no base says which is right.
+    """
+    shapes = {module: delta.shape for adapter in adapters for module, delta in adapter.deltas.items()}
+    short = {
+        tail: module for module, shape in shapes.items() for tail in _tails(module) if shapes.get(tail) == shape
+    }  # fmt: skip
+    apart = {
+        tail: module
+        for tail, module in short.items()
+        if not any(tail in adapter.deltas and module in adapter.deltas for adapter in adapters)
+    }
+    if not apart:
+        return list(adapters)
+    if base is None:
+        module, long = next(iter(apart.items()))
+        raise WrongBase(
+            f"what one adapter calls '{module}' seems to be '{long}' in another: they were trained on different "
+            f"classes of the model; name the base with --base, and both are called as it does"
+        )
+    resolver = Resolver(base.tensors)
+    right = {
+        module: (resolver.weight_of(module) or f"{module}.weight").removesuffix(".weight")
+        for pair in apart.items()
+        for module in pair
+    }
+    return [_renamed(adapter, right) for adapter in adapters]
+
+
+def _tails(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    return (".".join(parts[first:]) for first in range(1, len(parts)))
+
+
+def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    return replace(
+        adapter,
+        deltas={names.get(module, module): delta for module, delta in adapter.deltas.items()},
+        biases={names.get(module, module): bias for module, bias in adapter.biases.items()},
+    )
+
+
+def require_device(device: str) -> None:
+    """Raises UsageError where this machine has no such device."""
+    if device not in ("auto", "cpu"):
+        from lorakit.merge.blocks import usable_device
+
+        usable_device(device)
 
 
 def with_trained(adapter: Adapter) -> Adapter:

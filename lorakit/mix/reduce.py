@@ -8,21 +8,22 @@ know all singular values.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.delta import Delta, Kind, Made, made
 from lorakit.adapters.randomised import Truncated, svd_for_energy, truncated_svd
+from lorakit.adapters.report import ModuleReport
 from lorakit.adapters.truncation import cut, one_thread, product_svd, rank_for_energy, ranks_within
 from lorakit.errors import UsageError
 from lorakit.mix.methods.low_rank import Draw
-from lorakit.mix.report import ModuleReport
 
 if TYPE_CHECKING:
     import torch
 
+NOISE = 1e-14  # of ‖B̂‖ ‖Â‖: what float64 can't tell from zero, where terms cancel
 MOST = 512  # the largest rank that vLLM serves
 
 
@@ -97,8 +98,9 @@ class Reduced:
         return ModuleReport(delta.rank, delta.norm(), 0.0)
 
 
-def reduced(changes: Mapping[str, Change], choice: RankChoice) -> Reduced:
-    """Each change as factors of the rank that `choice` gives it; a module that a budget has nothing for is left out.
+def reduced(changes: Mapping[str, Change], choice: RankChoice, keep: Collection[str] = ()) -> Reduced:
+    """Each change as factors of the rank that `choice` gives it; a module that a budget has nothing for is left out,
+    unless it is among those to keep, or none would be left.
 
     Raises:
         UsageError: a budget holds nothing, or a dense change is of a larger rank than an adapter can be.
@@ -106,14 +108,28 @@ def reduced(changes: Mapping[str, Change], choice: RankChoice) -> Reduced:
     result = Reduced()
     ranks = _ranks_within(changes, choice.budget, result) if choice.budget is not None else {}
     for module, change in changes.items():
-        wanted = RankChoice(rank=ranks[module]) if module in ranks else choice
-        if choice.budget is not None and module not in ranks:
+        if choice.is_exact and isinstance(change, Dense):
+            _require_small(change)
+        if choice.budget is not None and not ranks[module]:
+            if module in keep or not any(ranks.values()):
+                result.deltas[module] = _nothing(change)
             continue
+        wanted = RankChoice(rank=ranks[module]) if choice.budget is not None else choice
         if isinstance(change, Delta) and (wanted.is_exact or _fits(change, wanted)):
             result.deltas[module] = change
         else:
             result.deltas[module] = _lazily(module, change, wanted, result)
     return result
+
+
+def _nothing(change: Change) -> Delta:
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        return torch.zeros(shape[0], 0), torch.zeros(0, shape[1])
+
+    shape = change.terms[0].shape if isinstance(change, Delta) else change.shape
+    return Delta((made(shape, make, 0),), change.kind)
 
 
 def _fits(change: Delta, wanted: RankChoice) -> bool:
@@ -137,7 +153,9 @@ def _lazily(module: str, change: Change, wanted: RankChoice, result: Reduced) ->
 def decomposed(change: Change, wanted: RankChoice) -> Truncated:
     """The leading singular triples of B A (of an embedding, too), as many as are wanted."""
     if isinstance(change, Delta):
-        u, s, vh = product_svd(*change.stacked())
+        left, right = change.stacked()
+        u, s, vh = product_svd(left, right)
+        s = s.where(s > NOISE * float(left.norm()) * float(right.norm()), 0.0)
         whole = Truncated(u, s, vh, float(s.norm()), 0.0)
         return whole.first(_rank_of(s.tolist(), wanted))
     matrix = change.make()
@@ -146,7 +164,6 @@ def decomposed(change: Change, wanted: RankChoice) -> Truncated:
         return svd_for_energy(matrix, wanted.energy, generator=generator)
     if wanted.rank is not None:
         return truncated_svd(matrix, min(wanted.rank, *matrix.shape), generator=generator)
-    _require_small(change)
     return truncated_svd(matrix, min(matrix.shape)).above(0.0)
 
 
@@ -165,7 +182,7 @@ def _require_small(change: Dense) -> None:
 
 
 def _ranks_within(changes: Mapping[str, Change], budget: int, result: Reduced) -> dict[str, int]:
-    """The ranks of the modules that get any; the others are entered as lost."""
+    """The rank of each module; those that get none are entered as lost."""
     spectra: dict[str, list[float]] = {}
     norms: dict[str, float] = {}
     with one_thread():
@@ -178,4 +195,4 @@ def _ranks_within(changes: Mapping[str, Change], budget: int, result: Reduced) -
     for module, rank in ranks.items():
         if not rank:
             result.measured[module] = ModuleReport(0, norms[module], norms[module])
-    return {module: rank for module, rank in ranks.items() if rank}
+    return ranks

@@ -1,73 +1,45 @@
-"""What a mix did, how exact it was, and how the adapters lie to one another."""
+"""The report of a mix: what it lost, and how the adapters lie to one another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
-from lorakit.adapters.adapter import Weight
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
-from lorakit.mix.compare import cosine, inner_product
+from lorakit.adapters.report import MixReport, ModuleReport, Weight
+from lorakit.adapters.truncation import inner_product, one_thread
+from lorakit.mix.compare import cosine, different_bases
+from lorakit.mix.reduce import Reduced
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleReport:
-    """One module of the result: `norm` is ‖Δ‖ before it was cut to `rank`, `lost` is ‖Δ - Δ_rank‖, both measured."""
-
-    rank: int
-    norm: float
-    lost: float
-
-    @property
-    def truncation_error(self) -> float:
-        """‖Δ - Δ_rank‖ / ‖Δ‖."""
-        return self.lost / self.norm if self.norm else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"rank": self.rank, "norm": self.norm, "truncation_error": self.truncation_error}
-
-
-@dataclass(frozen=True, slots=True)
-class MixReport:
-    """What was done, and how the adapters lie to one another.
-
-    `norms` are Frobenius norms over all modules, of each adapter before its weight. `cosines[i][j]` is
-    ⟨Δᵢ, Δⱼ⟩ / (‖Δᵢ‖ ‖Δⱼ‖) over all modules: near 0 they leave each other alone, below 0 they undo each other.
-    None where one of the two is zero. `truncation_error` is ‖Δ - result‖ / ‖Δ‖ over all modules, with Δ what the method
-    gives. `parameters` counts the values of the result's factors, without padding.
-    """
-
-    method: str
-    adapters: tuple[str, ...]
-    weights: tuple[Weight, ...]
-    rank: int
-    modules: int
-    norms: tuple[float, ...]
-    cosines: tuple[tuple[float | None, ...], ...]
-    parameters: int = 0
-    truncation_error: float = 0.0
-    notes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    by_module: Mapping[str, ModuleReport] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "adapters": [
-                {"path": path, "weight": dict(weight) if isinstance(weight, Mapping) else weight, "norm": norm}
-                for path, weight, norm in zip(self.adapters, self.weights, self.norms, strict=True)
-            ],
-            "rank": self.rank,
-            "modules": self.modules,
-            "parameters": self.parameters,
-            "cosines": [list(row) for row in self.cosines],
-            "truncation_error": self.truncation_error,
-            "notes": list(self.notes),
-            "settings": dict(self.settings),
-            "by_module": {module: report.as_dict() for module, report in self.by_module.items()},
-        }
+def report_of(
+    result: Reduced,
+    adapters: Sequence[Adapter],
+    weights: Sequence[Weight],
+    method: str,
+    settings: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> MixReport:
+    """Computes what was not computed yet."""
+    by_module = result.reports()
+    with one_thread():
+        norms, cosines = norms_and_cosines([adapter.deltas for adapter in adapters])
+    return MixReport(
+        method=method,
+        adapters=tuple(adapter.name for adapter in adapters),
+        weights=tuple(weights),
+        rank=max((report.rank for report in by_module.values()), default=0),
+        modules=len(result.deltas),
+        norms=norms,
+        cosines=cosines,
+        parameters=sum(by_module[module].rank * sum(delta.shape) for module, delta in result.deltas.items()),
+        truncation_error=overall_error(by_module),
+        notes=(*different_bases(adapters), *notes),
+        settings=settings,
+        by_module=by_module,
+    )
 
 
 def overall_error(reports: Mapping[str, ModuleReport]) -> float:

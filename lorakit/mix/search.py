@@ -22,6 +22,7 @@ from typing import Any, cast
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.source import Stage
 from lorakit.errors import LorakitError, NotFound, UsageError
+from lorakit.merge.base import read_base
 from lorakit.mix.candidates import Candidate, Places
 from lorakit.mix.methods.registry import method_named
 from lorakit.mix.mix import mix
@@ -119,7 +120,8 @@ def search(
     _check_settings(len(adapters), evaluations, bounds, start, l1, seed)
     if "seed" in method_named(method).options:
         options["seed"] = seed
-    found = [opened(adapter, base) for adapter in adapters]
+    model = None if base is None else read_base(base)
+    found = [opened(adapter, model) for adapter in adapters]
 
     def mixed(weights: Weights) -> Adapter:
         return mix(list(zip(found, weights, strict=True)), method, rank, base=base, **options)

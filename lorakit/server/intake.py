@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.adapter import WEIGHTS, Adapter, load_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.reading import WEIGHTS, load_adapter
 from lorakit.adapters.writing import write_adapter_files
 from lorakit.checkpoints.finished import Look, look_at
 from lorakit.checkpoints.trainer_state import read_facts

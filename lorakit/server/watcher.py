@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.adapters.adapter import UNFINISHED, WEIGHTS
+from lorakit.adapters.reading import UNFINISHED, WEIGHTS
 from lorakit.checkpoints.finished import MARKERS, QUIET, Look, look_at
 from lorakit.checkpoints.runs import Candidate, candidates_of, find_candidates
 

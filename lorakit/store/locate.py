@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorakit.adapters.adapter import Adapter, load_adapter
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.reading import load_adapter
 from lorakit.errors import NotFound, Refused, UsageError
 from lorakit.files.hub import hub_folder, looks_like_hub_id
 from lorakit.store.catalog import Revision

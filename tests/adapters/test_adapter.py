@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapters.adapter import load_adapter
+from lorakit.adapters.reading import load_adapter
 from lorakit.errors import Conflict, Incomplete, InvalidFile, NotFound, UnsupportedAdapter
 from tests.folders import factors, linear_modules, write_adapter
 

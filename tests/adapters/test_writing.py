@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lorakit.adapters.adapter import load_adapter
+from lorakit.adapters.reading import load_adapter
 from lorakit.adapters.writing import write_adapter_files
 from lorakit.errors import Conflict
 from tests.folders import factors, leftovers, write_adapter

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit.adapters.adapter import load_adapter
+from lorakit.adapters.reading import load_adapter
 from lorakit.convert.check import Verdict, check_adapter
 from lorakit.merge.base import BaseModel, read_base
 from tests.folders import base_tensors, factors, linear_modules, write_adapter, write_base

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lorakit.adapters.adapter import load_adapter
+from lorakit.adapters.reading import load_adapter
 from lorakit.errors import Conflict, InvalidFile, NotFound, UsageError
 from lorakit.merge.base import base_named_by, read_base
 from tests.folders import base_tensors, write_adapter, write_base

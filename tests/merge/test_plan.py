@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.adapters.adapter import load_adapter
+from lorakit.adapters.reading import load_adapter
 from lorakit.errors import InvalidFile, LorakitError, Refused, UnplacedTensors, UnsupportedAdapter, WrongBase
 from lorakit.merge.base import read_base
 from lorakit.merge.plan import MergePlan, plan_merge

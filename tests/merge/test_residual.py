@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lorakit.adapters.adapter import load_adapter
+from lorakit.adapters.reading import load_adapter
 from lorakit.convert.check import check_adapter
 from lorakit.errors import Conflict, Refused, UsageError
 from lorakit.merge import blocks

@@ -249,7 +249,7 @@ def test_what_can_not_be_compared_is_refused(three: list[Path], tmp_path: Path) 
         lorakit.compare(three[0], other)
     with pytest.raises(lorakit.errors.UnsupportedAdapter, match="can't be compared exactly: it has use_dora"):
         lorakit.compare(three[0], dora)
-    with pytest.raises(lorakit.errors.InvalidFile, match=f"NaN or infinity at '{UP}'"):
+    with pytest.raises(lorakit.errors.InvalidFile, match=f"{UP}.* holds NaN or infinity"):
         lorakit.compare(three[0], write_adapter(tmp_path / "broken", broken))
     with pytest.raises(lorakit.errors.UsageError, match="no module matches 'nothing'; there are 6"):
         lorakit.compare(*three, modules="nothing")

@@ -7,14 +7,15 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lorakit
 import lorakit.errors
-from tests.folders import factors, write_adapter
+from tests.folders import factors, linear_modules, write_adapter, write_base
 from tests.models import LINEARS, load, make_adapter, make_base
 
 # name -> what PEFT is asked for; ranks, modules, scales and dtypes all differ
@@ -161,6 +162,110 @@ def test_the_result_says_where_it_came_from(adapters: dict[str, Path], tmp_path:
 def test_what_is_not_there_is_said(pairs: list[Any], options: dict[str, Any], reason: str) -> None:
     with pytest.raises(lorakit.errors.UsageError, match=reason):
         lorakit.mix(pairs, **options)
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_numbers_that_are_none_are_refused(tmp_path: Path, bad: str) -> None:
+    tensors = factors({"q_proj": (8, 8)})
+    broken = write_adapter(tmp_path / "broken", {name: value * float(bad) for name, value in tensors.items()})
+    whole = write_adapter(tmp_path / "whole", tensors)
+    for options in ({}, {"rank": 1}, {"method": "ties"}, {"budget": 100}):
+        with pytest.raises(lorakit.errors.InvalidFile, match=r"lora_[AB]\.weight' holds NaN or infinity"):
+            lorakit.mix([(broken, 1.0), (whole, 1.0)], **options).save(tmp_path / "out")
+    a = lorakit.load_adapter(whole)
+    for refused in (lambda: float(bad) * a, lambda: a * {"*": float(bad)}, lambda: lorakit.mix([(whole, float(bad))])):
+        with pytest.raises(lorakit.errors.UsageError, match="no finite number"):
+            refused()
+    with pytest.raises(lorakit.errors.UnsupportedAdapter, match="too large for float32"):
+        lorakit.mix([(whole, 1e60)]).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_that_are_no_floats_are_refused(tmp_path: Path) -> None:
+    tensors = {name: value.astype("int8") for name, value in factors({"q_proj": (8, 8)}).items()}
+    with pytest.raises(lorakit.errors.InvalidFile, match="is I8: save it in bf16, fp16 or fp32"):
+        lorakit.mix([write_adapter(tmp_path / "whole", tensors)]).save(tmp_path / "out")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    adapter = lorakit.load_adapter(write_adapter(tmp_path / "a"))
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    with pytest.raises(lorakit.errors.NotFound, match=r"adapter_model\.safetensors' is gone"):
+        (2 * adapter).save(tmp_path / "out")
+
+
+def test_pairs_may_be_any_iterable_of_pairs_or_adapters(tmp_path: Path) -> None:
+    one, two = write_adapter(tmp_path / "one"), write_adapter(tmp_path / "two")
+    mixed = lorakit.mix(zip([one, str(two)], np.float32([0.5, 0.25]), strict=True), rank=np.int64(3))
+    record = json.loads((mixed.save(tmp_path / "out") / "lorakit.json").read_text())
+    assert [parent["weight"] for parent in record["parents"]] == [0.5, 0.25]
+    assert lorakit.mix([one, lorakit.load_adapter(two)]).report.weights == (1.0, 1.0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", ["ties", "linear", "slerp"])
+def test_an_adapter_named_twice_is_one_whatever_the_method(tmp_path: Path, method: str) -> None:
+    one, two = write_adapter(tmp_path / "one"), write_adapter(tmp_path / "two", factors(linear_modules(1), seed=2))
+    twice = lorakit.mix([(one, 0.5), (two, 0.7), (str(one), 0.25)], method)
+    once = lorakit.mix([(one, 0.75), (two, 0.7)], method)
+    for module in once.modules:
+        assert torch.equal(twice.delta(module).dense(), once.delta(module).dense())
+
+
+def test_names_of_wrappers_are_no_part_of_a_modules_name(tmp_path: Path) -> None:
+    tensors = factors({"model.layers.0.mlp.up_proj": (8, 8)})
+    wrapped = {
+        name.replace("base_model.model.", "base_model.model._orig_mod.module."): value
+        for name, value in tensors.items()
+    }
+    one, two = write_adapter(tmp_path / "one", tensors), write_adapter(tmp_path / "two", wrapped)
+    assert lorakit.mix([one, two]).modules == ("model.layers.0.mlp.up_proj",)
+
+
+def test_modules_of_two_names_are_one_where_the_base_says_which(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    long = write_adapter(tmp_path / "long", factors({"model.layers.0.mlp.up_proj": (12, 8)}))
+    short = write_adapter(tmp_path / "short", factors({"layers.0.mlp.up_proj": (12, 8)}, seed=2))
+    with pytest.raises(lorakit.errors.WrongBase, match=r"'layers\.0\.mlp\.up_proj' seems to be 'model\..*--base"):
+        lorakit.mix([long, short])
+    assert lorakit.mix([long, short], base=base).modules == ("model.layers.0.mlp.up_proj",)
+
+
+def test_what_a_stage_lost_stays_known(tmp_path: Path) -> None:
+    one, two = write_adapter(tmp_path / "one", factors(linear_modules(), 5), rank=5), write_adapter(tmp_path / "two")
+    small = lorakit.shrink(one, rank=1)
+    record = json.loads(((0.5 * small + lorakit.load_adapter(two)).save(tmp_path / "out") / "lorakit.json").read_text())
+    assert "truncation_error" not in record
+    lost = small.report.truncation_error  # type: ignore[union-attr]
+    assert record["parents"][0]["truncation_error"] == pytest.approx(lost) != 0
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tied_embedding_stays_tied(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "tied-llama")
+    lora = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "modules_to_save": None}
+    one, two = (make_tied(tmp_path / str(seed), base, seed, lora) for seed in (1, 2))
+    for name, mixed in (
+        ("sum", lorakit.mix([(one, 0.5), (two, 0.25)])), ("small", lorakit.mix([(one, 0.5), (two, 0.25)], rank=3)),
+    ):  # fmt: skip
+        folder = mixed.save(tmp_path / name)
+        assert json.loads((folder / "adapter_config.json").read_text())["ensure_weight_tying"] is True
+        lorakit.merge(base, folder, out=tmp_path / f"{name}-merged")
+        assert json.loads((tmp_path / f"{name}-merged" / "config.json").read_text())["tie_word_embeddings"] is True
+    loose = make_adapter(tmp_path / "loose", base, target_modules=["embed_tokens"])
+    folder = lorakit.mix([one, loose]).save(tmp_path / "untied")
+    assert not json.loads((folder / "adapter_config.json").read_text()).get("ensure_weight_tying")
+
+
+def make_tied(folder: Path, base: Path, seed: int, lora: dict[str, Any]) -> Path:
+    """PEFT ties the head's factors to the embedding's, and saves both."""
+    make_adapter(folder, base, seed=seed, **lora)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    a, b = (tensors[f"base_model.model.model.embed_tokens.lora_embedding_{part}"] for part in "AB")
+    tensors["base_model.model.lm_head.lora_A.weight"] = b.T.contiguous()
+    tensors["base_model.model.lm_head.lora_B.weight"] = a.T.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 def test_adapters_of_different_shapes_do_not_mix(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_nothing_is_computed_before_it_is_asked_for(tmp_path: Path, monkeypatch:
     def no_tensor(*_: Any) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("lorakit.adapters.delta.load_tensor", no_tensor)
+    monkeypatch.setattr("lorakit.adapters.delta.load_floats", no_tensor)
     mixed = 0.5 * lorakit.mix([(one, 0.7), (two, 0.3)], "ties", rank=2, density=0.5)
     assert "rank=?" in repr(mixed)
     assert "rank=?" in repr(lorakit.mix([(one, 0.7), (two, 0.3)], "tsv", rank=2))

@@ -160,6 +160,71 @@ def test_shrinking_keeps_trained_copies(base: Path, tmp_path: Path) -> None:
     PeftModel.from_pretrained(load(base), folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_biases_of_any_dtype_are_written_as_they_are(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    one = made(base, f"bias-{dtype}", 1, lora_bias=True, r=4, lora_alpha=4)
+    file = one / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    lorakit.load_adapter(one).save(tmp_path / "out")
+    assert_peft_loads_it_as(base, tmp_path / "out", state(base, one))
+
+
+def test_a_budget_keeps_the_biases_of_modules_that_it_has_nothing_for(base: Path, tmp_path: Path) -> None:
+    one = made(base, "bias-budget", 1, lora_bias=True)
+    for name, small in (
+        ("shrink", lorakit.shrink(one, budget=300)), ("mix", lorakit.mix([one], budget=300, own_ranks=False)),
+    ):  # fmt: skip
+        mine = {name: tensor for name, tensor in load_file(one / "adapter_model.safetensors").items() if "bias" in name}
+        written = load_file(small.save(tmp_path / name) / "adapter_model.safetensors")
+        for path, bias in mine.items():
+            torch.testing.assert_close(written[path], bias * (16 / 3))
+        PeftModel.from_pretrained(load(base), tmp_path / name)
+
+
+def test_modules_are_saved_by_the_end_of_their_names_as_peft_does(base: Path, tmp_path: Path) -> None:
+    one, two = (made(base, f"norms-{seed}", seed, modules_to_save=["norm"]) for seed in (1, 2))
+    mixed = lorakit.mix([(one, 0.5), (two, 0.5)], trained="average")
+    assert len(mixed.trained.tensors) == 5  # two in each layer, and the last
+    assert_peft_loads_it_as(base, mixed.save(tmp_path / "out"), moved(base, [(one, 0.5), (two, 0.5)]))
+
+
+def test_weights_by_pattern_go_for_trained_copies_too(base: Path, tmp_path: Path) -> None:
+    one, two = made(base, "pattern-one", 1, **SAVED), made(base, "pattern-two", 2, **SAVED)
+    pairs: list[Any] = [(one, {"lm_head": 0.25, "*": 1.0}), (two, {"lm_head": 0.75, "*": 1.0})]
+    written = load_file(lorakit.mix(pairs, trained="average").save(tmp_path / "out") / "adapter_model.safetensors")
+    name = "base_model.model.lm_head.weight"
+    a, b = (load_file(path / "adapter_model.safetensors")[name] for path in (one, two))
+    torch.testing.assert_close(written[name], 0.25 * a + 0.75 * b)
+
+
+def test_a_weight_of_zero_gives_no_copy_away(base: Path) -> None:
+    one, two = made(base, "zero-one", 1, **SAVED), made(base, "zero-two", 2)
+    with pytest.raises(UsageError, match="add up to 0"):
+        lorakit.mix([(one, 0.0), (two, 1.0)], trained="average")
+
+
+def test_embeddings_that_were_only_saved_along_are_kept(base: Path, tmp_path: Path) -> None:
+    table = {"base_model.model.model.embed_tokens.weight": factors({"x": (16, 8)})["base_model.model.x.lora_B.weight"]}
+    one = write_adapter(tmp_path / "one", factors({"q_proj": (8, 8)}) | table)
+    two = write_adapter(tmp_path / "two", factors({"q_proj": (8, 8)}, seed=2))
+    name = next(iter(table))
+    for mixed in (lorakit.mix([(one, 0.5), (two, 0.5)]), lorakit.shrink(one, rank=1), 0.5 * lorakit.load_adapter(one)):
+        assert [stored.name for stored in mixed.others] == [name]
+    other = write_adapter(tmp_path / "three", factors({"q_proj": (8, 8)}) | {name: 2 * table[name]})
+    with pytest.raises(UnsupportedAdapter, match="hold different values"):
+        lorakit.mix([one, other])
+
+
+def test_a_config_that_speaks_of_what_is_not_there(tmp_path: Path) -> None:
+    plain = write_adapter(tmp_path / "bias", factors({"q_proj": (8, 8)}), bias="all")
+    assert lorakit.mix([plain]).rank == 2
+    assert lorakit.mix([write_adapter(tmp_path / "null", factors({"q_proj": (8, 8)}), bias=None)]).rank == 2
+    broken = write_adapter(tmp_path / "saved", factors({"q_proj": (8, 8)}), modules_to_save=["lm_head"])
+    for trained in ("refuse", "average"):
+        with pytest.raises(InvalidFile, match="is incomplete: it has modules_to_save"):
+            lorakit.mix([broken], trained=trained)
+
+
 def test_weights_that_cancel_have_no_average(base: Path) -> None:
     one, two = made(base, "cancel-one", 1, **SAVED), made(base, "cancel-two", 2, **SAVED)
     with pytest.raises(UsageError, match=r"'lm_head\.weight' can't be averaged: the weights .* add up to 0"):
@@ -173,8 +238,9 @@ def test_sums_of_values_refuse_trained_copies(base: Path) -> None:
         with pytest.raises(UnsupportedAdapter, match="modules_to_save"):
             refused()
     averaged = lorakit.mix([(a, 1.0)], trained="average")
-    with pytest.raises(UnsupportedAdapter, match="can't be added up"):
-        averaged + b
+    for refused in (lambda: averaged + b, lambda: 0.5 * averaged, lambda: lorakit.mix([averaged, averaged])):
+        with pytest.raises(UnsupportedAdapter, match=r"trained copies.*--trained average"):
+            refused()
 
 
 def test_copies_of_other_shapes_do_not_average(tmp_path: Path) -> None:

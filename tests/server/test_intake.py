@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lorakit.adapters.adapter import load_adapter
+from lorakit.adapters.reading import load_adapter
 from lorakit.checkpoints.finished import look_at
 from lorakit.errors import Incomplete, Refused
 from lorakit.files import folders

@@ -23,7 +23,7 @@ from lorakit.adapters.trained import Blend, Trained
 from lorakit.adapters.truncation import ranks_within
 from lorakit.adapters.writing import write_adapter_files
 from lorakit.errors import Refused, UsageError
-from lorakit.files.folders import read_json, refuse_existing, whole_folder, write_json
+from lorakit.files.folders import refuse_existing, whole_folder
 from lorakit.files.provenance import write_provenance
 from lorakit.merge.base import BaseModel
 from lorakit.mix.extraction.change import MAX_RANK, Change, Factors, Goal, change_of, uncarried_change
@@ -268,12 +268,14 @@ def _write_adapter(
     config = AdapterConfig(
         fan_in_fan_out=conv1d,
         base=str(plan.base.folder.absolute()) if is_folder else name,
-        raw={"task_type": _task(plan.base), "revision": None if is_folder else revision or None},
+        raw={
+            "task_type": _task(plan.base),
+            "revision": None if is_folder else revision or None,
+            # else PEFT and `lorakit merge` would take the two sides of a tied weight for two changes
+            "ensure_weight_tying": any(pair.head in deltas for pair in plan.pairs if pair.head is not None),
+        },
     )
     write_adapter_files(Adapter(deltas, (), config=config, trained=trained, own_ranks=own_ranks), folder)
-    if any(pair.head in deltas for pair in plan.pairs if pair.head is not None):
-        # else PEFT and `lorakit merge` would take the two sides of the tied weight for two changes
-        write_json(folder / _CONFIG, read_json(folder / _CONFIG) | {"ensure_weight_tying": True})
 
 
 def _task(base: BaseModel) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import acos, sin, sqrt
 
+from lorakit.adapters.truncation import inner_product
 from lorakit.errors import UsageError
 from lorakit.mix.methods.low_rank import Draw, LowRank
 
@@ -36,14 +37,13 @@ def slerp(deltas: Sequence[LowRank], weights: Sequence[float], *, draw: Draw) ->
         raise UsageError(f"slerp needs weights whose sum is not zero, but they are {weights[0]:g} and {weights[1]:g}")
     t = weights[1] / total
     one, two = deltas
-    norms = sqrt(max(0.0, inner_product(one, one)) * max(0.0, inner_product(two, two)))
-    cosine = inner_product(one, two) / norms if norms else 1.0
+    norms = sqrt(max(0.0, _product(one, one)) * max(0.0, _product(two, two)))
+    cosine = _product(one, two) / norms if norms else 1.0
     if abs(cosine) > PARALLEL:
         return linear(deltas, (1 - t, t), draw=draw)
     angle = acos(cosine)
     return linear(deltas, (sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)), draw=draw)
 
 
-def inner_product(one: LowRank, two: LowRank) -> float:
-    """⟨Δ₁, Δ₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ))."""
-    return float(((one.left().T @ two.left()) * (one.right() @ two.right().T)).sum())
+def _product(one: LowRank, two: LowRank) -> float:
+    return inner_product((one.left(), one.right()), (two.left(), two.right()))

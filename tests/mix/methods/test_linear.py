@@ -10,7 +10,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lorakit.errors import UsageError
-from lorakit.mix.methods.linear import inner_product
 from lorakit.mix.methods.registry import LowRank
 from tests.mix.methods.deltas import delta, dense, merge, nothing, several, weights_for
 
@@ -34,12 +33,6 @@ def test_factors_in_sixteen_bits_are_summed_in_float64() -> None:
     deltas = [LowRank(each.B.bfloat16(), each.A.half()) for each in (delta(9, 7, 3, 1), delta(9, 7, 2, 2))]
     expected = 0.7 * dense(deltas[0]) - 0.1 * dense(deltas[1])
     torch.testing.assert_close(merge("linear", deltas, [0.7, -0.1]), expected, rtol=1e-14, atol=1e-14)
-
-
-@given(several(2, 2))
-def test_inner_products_are_those_of_the_dense_deltas(deltas: list[LowRank]) -> None:
-    one, two = deltas
-    assert inner_product(one, two) == pytest.approx(float((dense(one) * dense(two)).sum()), rel=1e-9, abs=1e-9)
 
 
 @given(several(2, 2), st.floats(0.01, 1.0))
