@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.truncation import rank_for_energy
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Product = Callable[["torch.Tensor"], "torch.Tensor"]
 
 OVERSAMPLE = 24
+ITERATIONS = 4
+GAIN = 5e-3  # of the square of the error: an iteration that gains less was the last
 FIRST_BLOCK = 32  # where the rank is not known, it is looked for among so many triples first
 ROWS = 1024  # of a block for sums in float64
 CANCELLED = 1e-4  # of ‖M‖²: below it, ‖M‖² - Σσ² is mostly rounding
@@ -75,7 +77,8 @@ def randomised_svd(
     shape: tuple[int, int],
     rank: int,
     *,
-    iterations: int = 4,
+    norm: float | None = None,
+    iterations: int = ITERATIONS,
     oversample: int = OVERSAMPLE,
     generator: torch.Generator | None = None,
     start: torch.Tensor | None = None,
@@ -83,7 +86,8 @@ def randomised_svd(
     """U (m, k), S (k), Vh (k, n) of M of `shape` in float64, k = min(rank, m, n), from its products alone.
 
     `times` gives M X for X (n, l), `transposed_times` Mᵀ Y for Y (m, l); both may be float32. `start` (n, j) is what
-    is known of the row space already. The draws come from `generator`, on the CPU, whatever the device.
+    is known of the row space already. With M's Frobenius `norm` the iterations end as soon as one more gains nothing to
+    speak of. The draws come from `generator`, on the CPU, whatever the device.
     """
     import torch
 
@@ -93,9 +97,15 @@ def randomised_svd(
         known = start[:, :columns].cpu().float()
         block = torch.cat([known, block[:, known.shape[1] :]], dim=1)
     basis = _orthonormal(times(block))
-    for _ in range(iterations):
-        basis = _orthonormal(times(_orthonormal(transposed_times(basis))))
     q, r = torch.linalg.qr(transposed_times(basis).double())
+    rest = inf
+    for _ in range(iterations):
+        if norm is not None:
+            before, rest = rest, max(0.0, norm**2 - float(torch.linalg.svdvals(r)[:rank].square().sum()))
+            if before - rest <= GAIN * rest:
+                break
+        basis = _orthonormal(times(q))
+        q, r = torch.linalg.qr(transposed_times(basis).double())
     u, s, vh = torch.linalg.svd(r.T)
     return (basis.double() @ u)[:, :rank], s[:rank], (vh @ q.T)[:rank]
 
@@ -109,6 +119,7 @@ def truncated_svd(
     norm: float | None = None,
 ) -> Truncated:
     """The first `rank` triples of a dense matrix (m, n) in float32: exactly where a side is short, else randomised."""
+    norm = frobenius_norm(matrix) if norm is None else norm
     if min(matrix.shape) <= 2 * (rank + OVERSAMPLE):
         u, s, vh = _whole_svd(matrix)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
@@ -118,10 +129,10 @@ def truncated_svd(
             lambda block: matrix.T @ block.to(matrix),
             (matrix.shape[0], matrix.shape[1]),
             rank,
+            norm=norm,
             generator=generator,
             start=start,
         )
-    norm = frobenius_norm(matrix) if norm is None else norm
     return Truncated(u, s, vh, norm, _norm_of_the_rest(matrix, u, s, vh, norm))
 
 
@@ -132,13 +143,14 @@ def svd_for_energy(
     floor: float = 0.0,
     max_rank: int | None = None,
     generator: torch.Generator | None = None,
+    norm: float | None = None,
 ) -> Truncated:
     """As few triples of a dense matrix as keep the share `energy` of ‖M‖²; none at or below `floor`.
 
     The block doubles until that is reached, or the floor, or `max_rank`.
     """
     most = min(*matrix.shape, max_rank or min(matrix.shape))
-    norm = frobenius_norm(matrix)
+    norm = frobenius_norm(matrix) if norm is None else norm
     block, start = min(FIRST_BLOCK, most), None
     while True:
         found = truncated_svd(matrix, block, generator=generator, start=start, norm=norm)

@@ -35,12 +35,10 @@ def load_tensor(stored: StoredTensor) -> torch.Tensor:
     """Read one whole tensor into memory of its own."""
     import torch
 
-    buffer = bytearray(stored.nbytes)
+    tensor = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
     with _opened(stored) as stream:
-        read_into(stream.fileno(), memoryview(buffer), stored.start, stored)
-    if not buffer:
-        return torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
-    return torch.frombuffer(buffer, dtype=torch_dtype(stored.dtype)).reshape(stored.shape)
+        read_into(stream.fileno(), tensor_bytes(tensor), stored.start, stored)
+    return tensor
 
 
 def load_floats(stored: StoredTensor) -> torch.Tensor:

@@ -7,15 +7,16 @@ import os
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.delta import Delta, Term
-from lorakit.adapters.randomised import ROWS, Truncated, svd_for_energy, truncated_svd
+from lorakit.adapters.randomised import Truncated, svd_for_energy, truncated_svd
 from lorakit.adapters.truncation import cut
 from lorakit.errors import InvalidFile, UsageError
 from lorakit.files.folders import write_all
 from lorakit.files.safetensors import StoredTensor
-from lorakit.files.tensors import load_tensor, tensor_bytes
+from lorakit.files.tensors import load_tensor, same_bytes, tensor_bytes
 from lorakit.mix.extraction.noise import RoundingNoise, narrowest
 from lorakit.mix.extraction.plan import Pair, Uncarried
 from lorakit.mix.extraction.report import ExtractedModule, Stop, UncarriedChange
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_RANK = 256
+BLOCK = 1 << 18  # elements: what stays in a core's cache
 ELEMENTS = 1 << 20  # of a tensor without rows, for sums in float64
 
 
@@ -44,18 +46,20 @@ class Goal:
         if self.max_rank is not None and self.max_rank < 1:
             raise UsageError(f"a largest rank of {self.max_rank} leaves nothing: it has to be 1 or more")
 
-    def svd(self, matrix: torch.Tensor, floor: float, cost: int, generator: torch.Generator) -> tuple[Truncated, Stop]:
+    def svd(
+        self, matrix: torch.Tensor, norm: float, floor: float, cost: int, generator: torch.Generator
+    ) -> tuple[Truncated, Stop]:
         """The triples to keep, or with a budget those to choose from; and what ended them."""
         rank, energy, budget = self.choice.rank, self.choice.energy, self.choice.budget
         most = min(*matrix.shape, *(limit for limit in (rank, self.max_rank) if limit is not None))
         if energy is not None:
-            found = svd_for_energy(matrix, energy, floor=floor, max_rank=most, generator=generator)
+            found = svd_for_energy(matrix, energy, floor=floor, max_rank=most, generator=generator, norm=norm)
             if 1 - found.error**2 >= energy:
                 return found, "energy"
             return found, "noise" if found.rank < most else "max_rank" if most < min(matrix.shape) else "exact"
         if budget is not None:
             most = min(most, budget // cost)
-        found = truncated_svd(matrix, most, generator=generator).above(floor)
+        found = truncated_svd(matrix, most, generator=generator, norm=norm).above(floor)
         if found.rank < most:
             return found, "noise"
         if found.rank == min(matrix.shape):
@@ -95,14 +99,15 @@ class Factors:
         self.file = file
         self._writer = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._end = 0
+        self._turn = Lock()
 
     def put(self, name: str, tensor: torch.Tensor) -> StoredTensor:
         """Append a float32 tensor."""
         block = tensor_bytes(tensor.cpu().contiguous())
-        write_all(self._writer, block, self._end)
-        stored = StoredTensor(name, self.file, "F32", tuple(tensor.shape), self._end, self._end + len(block))
-        self._end = stored.end
-        return stored
+        with self._turn:
+            first, self._end = self._end, self._end + len(block)
+        write_all(self._writer, block, first)
+        return StoredTensor(name, self.file, "F32", tuple(tensor.shape), first, first + len(block))
 
     def deltas(self, change: Change) -> dict[str, Delta]:
         """By module: one, or with a tied head two, whose factors are each other's transposes."""
@@ -131,9 +136,9 @@ def change_of(
     """
     import torch
 
-    tuned, base = model.load(pair.tuned), load_tensor(pair.base)
-    if tuned.dtype == base.dtype and torch.equal(tuned, base):
+    if model.is_stored and same_bytes(pair.tuned, pair.base):
         return None
+    tuned, base = model.load(pair.tuned), load_tensor(pair.base)
     delta, noise, weight_norm = _difference(tuned, base, device)
     norm = noise.norm
     if norm == 0:
@@ -143,7 +148,7 @@ def change_of(
     floor = noise.floor()
     matrix = delta.T if pair.transposed else delta
     generator = torch.Generator().manual_seed(_seed(seed, pair.module))
-    found, stop = goal.svd(matrix, floor, pair.cost, generator)
+    found, stop = goal.svd(matrix, norm, floor, pair.cost, generator)
     module = ExtractedModule(
         pair.module, pair.kind, (delta.shape[0], delta.shape[1]), found.rank, norm,
         norm / weight_norm if weight_norm else None, found.rest, floor, stop, found.rank * pair.cost, pair.head,
@@ -164,11 +169,12 @@ def _difference(tuned: torch.Tensor, base: torch.Tensor, device: str) -> tuple[t
     delta = torch.empty(tuned.shape, device=device)
     noise = RoundingNoise((tuned.shape[0], tuned.shape[1]))
     square = 0.0
-    for first in range(0, len(tuned), ROWS):
-        values = tuned[first : first + ROWS].to(device)
-        before = base[first : first + ROWS].to(device=device, dtype=wide)
+    rows = max(1, BLOCK // tuned.shape[1])
+    for first in range(0, len(tuned), rows):
+        values = tuned[first : first + rows].to(device)
+        before = base[first : first + rows].to(device=device, dtype=wide)
         change = values.to(wide) - before
-        delta[first : first + ROWS] = change
+        delta[first : first + rows] = change
         noise.add(values.to(stored_as), change, first)
         square += float(before.square().sum(dtype=torch.float64))
     return delta, noise, sqrt(square)

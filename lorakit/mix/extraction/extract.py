@@ -10,9 +10,10 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ from lorakit.files.folders import refuse_existing, whole_folder
 from lorakit.files.provenance import write_provenance
 from lorakit.merge.base import BaseModel
 from lorakit.mix.extraction.change import MAX_RANK, Change, Factors, Goal, change_of, uncarried_change
-from lorakit.mix.extraction.plan import ExtractPlan, plan_extract
+from lorakit.mix.extraction.plan import ExtractPlan, Pair, plan_extract
 from lorakit.mix.extraction.report import ExtractReport, UncarriedChange
 from lorakit.mix.extraction.tuned import Tuned, opened, parent_of
 from lorakit.mix.reduce import RankChoice
 
 DEFAULT_RANK = 64
-SMALL = 1 << 20  # elements
+WORKERS = 4  # weights at a time: two threads do more for two weights than for one; each takes memory of its own
 _FACTORS = ".factors"  # as they are computed
 _CONFIG = "adapter_config.json"
 _TASKS = {
@@ -179,13 +180,10 @@ class _Extraction:
         savable = set(_savable(self.plan)) if self.settings["save_rest"] else set()
         uncarried: list[UncarriedChange] = []
         equal = 0
-        with exact_arithmetic(device) as threads:
-            for pair in self.plan.pairs:
-                # threads wait for each other longer than such a product takes
-                torch.set_num_threads(threads if prod(pair.tuned.shape) > SMALL else 1)
-                change = change_of(
-                    pair, self.goal, self.tuned, device=device, seed=self.settings["seed"], factors=factors
-                )
+        with exact_arithmetic(device) as threads, ThreadPoolExecutor(min(threads, WORKERS)) as pool:
+            torch.set_num_threads(max(1, threads // WORKERS))
+            changes = pool.map(partial(self._change, device=device, factors=factors), self.plan.pairs)
+            for pair, change in zip(self.plan.pairs, changes, strict=True):
                 if change is None:
                     equal += 1
                 else:
@@ -205,6 +203,9 @@ class _Extraction:
             None, str(self.plan.tuned.folder), str(self.plan.base.folder), self.settings, device, True,
             tuple(change.module for change in self.changes), self._uncarried, equal, self.plan.left_out,
         )  # fmt: skip
+
+    def _change(self, pair: Pair, *, device: str, factors: Factors | None) -> Change | None:
+        return change_of(pair, self.goal, self.tuned, device=device, seed=self.settings["seed"], factors=factors)
 
     def kept(self, factors: Factors) -> Trained:
         """The tensors to save whole: all of a module's, as PEFT replaces modules whole; a bias alone by itself."""

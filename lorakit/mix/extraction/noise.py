@@ -15,8 +15,11 @@ from lorakit.adapters.randomised import row_blocks
 if TYPE_CHECKING:
     import torch
 
-# significant bits, and the exponent of the smallest unit
-_PRECISION = {"bfloat16": (8, -133), "float16": (11, -24), "float32": (24, -149), "float64": (53, -1074)}
+# as which whole number its bits are read, bits of the fraction, and the exponent's bias
+_LAYOUT = {
+    "bfloat16": ("int16", 7, 127), "float16": ("int16", 10, 15), "float32": ("int32", 23, 127),
+    "float64": ("int64", 52, 1023),
+}  # fmt: skip
 
 
 class RoundingNoise:
@@ -37,9 +40,10 @@ class RoundingNoise:
         """Take in the rows from `first` on: as stored in `tuned`, and Δ."""
         import torch
 
-        for index, squares in enumerate((unit_variance(tuned), delta.square())):
-            self._rows[index, first : first + len(squares)] = squares.sum(1, dtype=torch.float64).cpu()
-            self._columns[index] += squares.sum(0, dtype=torch.float64).cpu()
+        wide = torch.float64
+        for index, (squares, exact) in enumerate(((unit_variance(tuned), None), (delta.square(), wide))):
+            self._rows[index, first : first + len(squares)] = squares.sum(1, dtype=exact).cpu().to(wide)
+            self._columns[index] += squares.sum(0).cpu().to(wide)
 
     @property
     def norm(self) -> float:
@@ -63,13 +67,19 @@ class RoundingNoise:
 
 
 def unit_variance(stored: torch.Tensor) -> torch.Tensor:
-    """ulp²/12 of each element's dtype, in float32, or in float64 for it."""
+    """ulp²/12 of each element's dtype, in float32, or in float64 for it.
+
+    A power of two is made from the bits of the exponent alone, at a third of the price of `frexp` and `exp2`.
+    """
     import torch
 
-    bits, smallest = _PRECISION[str(stored.dtype).removeprefix("torch.")]
-    wide = stored if stored.dtype == torch.float64 else stored.float()
-    units = torch.frexp(wide).exponent.sub_(bits).masked_fill_(wide == 0, smallest).clamp_(min=smallest)
-    return torch.exp2(units.mul_(2).to(wide.dtype)).div_(12)
+    whole, fraction, bias = _LAYOUT[str(stored.dtype).removeprefix("torch.")]
+    bits = stored.contiguous().view(getattr(torch, whole))
+    wide, point, middle = (torch.int64, 52, 1023) if whole == "int64" else (torch.int32, 23, 127)
+    exponent = bits.to(wide).bitwise_right_shift_(fraction).bitwise_and_(2 * bias + 1).clamp_(min=1)
+    # of the square of 2^(exponent - bias - fraction), where a float of that width has such a one
+    exponent.mul_(2).add_(middle - 2 * (bias + fraction)).clamp_(0, 2 * middle + 1)
+    return exponent.bitwise_left_shift_(point).view(torch.float64 if whole == "int64" else torch.float32).div_(12)
 
 
 def narrowest(stored: torch.Tensor) -> torch.dtype:
