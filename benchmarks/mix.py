@@ -1,5 +1,5 @@
 """Mix and extract beside PEFT, LoRAX's arithmetic and mergekit: seconds, private memory, and the error against float64.
-Run: python benchmarks/mix.py [--scale 0.25] [--all-shapes] [--repeat 3] [--only mix|extract] [--layers 2]
+Run: python benchmarks/mix.py [--scale 0.25] [--all-shapes] [--repeat 3] [--only mix|extract] [--shape 8b] [--layers 2]
      [--mergekit PROGRAM] [--folder DIR]
 
 It needs torch, safetensors, PEFT and lorakit; mergekit's row wants its program mergekit-extract-lora. PEFT's `svd` of
@@ -141,7 +141,9 @@ def report_module(pair: Path, shape: tuple[int, int], repeat: int) -> float:
     return best["PEFT `svd`"].seconds
 
 
-def report_extraction(folder: Path, layers: int, repeat: int, program: str | None) -> None:
+def report_extraction(folder: Path, shape: str, layers: int, repeat: int, program: str | None) -> None:
+    if shape == "8b":
+        merge.HIDDEN, merge.KEY_VALUE, merge.INNER = 4096, 1024, 14336
     base, tuned = folder / "base", folder / "tuned"
     merge.make_base(base, layers)
     make_tuned(tuned, base)
@@ -162,7 +164,7 @@ def report_extraction(folder: Path, layers: int, repeat: int, program: str | Non
     best = in_turns(todo, repeat)
     modules = dict(changes(tuned, base))
     print(
-        f"Rank {EXTRACTED_RANK} of a fine-tune in bf16: the linear layers of {layers} layers of a Llama of 1.1 B, "
+        f"Rank {EXTRACTED_RANK} of a fine-tune in bf16: the linear layers of {layers} layers of a Llama of {shape.upper()}, "
         f"{os.cpu_count()} cores\n\n"
         "| what | seconds | mergekit's time in it | full SVD's | private memory, MB | relative error "
         "| above the least |\n|---|---|---|---|---|---|---|"
@@ -196,7 +198,8 @@ def main() -> None:
     parser.add_argument("--all-shapes", action="store_true", help="PEFT's SVDs of 14336×4096 and 4096×14336, too")
     parser.add_argument("--repeat", type=int, default=3, help="the best of so many counts")
     parser.add_argument("--only", choices=["mix", "extract"], help="one of the two")
-    parser.add_argument("--layers", type=int, default=2, help="of the pair of models that is extracted from")
+    parser.add_argument("--shape", choices=["1b", "8b"], default="1b", help="of the models that are extracted from")
+    parser.add_argument("--layers", type=int, help="of those models: 4 of 1.1 B, 1 of 8 B")
     parser.add_argument("--mergekit", help="the program mergekit-extract-lora, where it is installed")
     parser.add_argument("--folder", help="where to work; by default among temporary files")
     arguments = parser.parse_args()
@@ -207,7 +210,8 @@ def main() -> None:
             report_whole(folder, max(1, round(LAYERS * arguments.scale)), arguments.repeat)
             report_modules(folder, arguments.all_shapes, arguments.repeat)
         if arguments.only != "mix":
-            report_extraction(folder, arguments.layers, arguments.repeat, arguments.mergekit)
+            layers = arguments.layers or (4 if arguments.shape == "1b" else 1)
+            report_extraction(folder, arguments.shape, layers, arguments.repeat, arguments.mergekit)
 
 
 if __name__ == "__main__":
