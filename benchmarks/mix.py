@@ -164,7 +164,7 @@ def report_extraction(folder: Path, shape: str, layers: int, repeat: int, progra
     best = in_turns(todo, repeat)
     modules = dict(changes(tuned, base))
     print(
-        f"Rank {EXTRACTED_RANK} of a fine-tune in bf16: the linear layers of {layers} layers of a Llama of {shape.upper()}, "
+        f"Rank {EXTRACTED_RANK} of a fine-tune in bf16: the linear layers of {layers} of a Llama of {shape.upper()}, "
         f"{os.cpu_count()} cores\n\n"
         "| what | seconds | mergekit's time in it | full SVD's | private memory, MB | relative error "
         "| above the least |\n|---|---|---|---|---|---|---|"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.patterns import names
-from lorakit.adapters.truncation import Factors, inner_product, one_thread, product_svd
+from lorakit.adapters.truncation import NOISE, Factors, inner_product, one_thread, product_svd
 from lorakit.errors import UsageError, WrongBase
 from lorakit.mix.opened import AdapterLike, opened
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 CUTOFF = 1e-6  # of the largest singular value: what float32 factors can't tell from zero
-NOISE = 1e-14  # of ‖B̂‖ ‖Â‖: what float64 can't
 
 
 def cosine(product: float, norm: float, other_norm: float) -> float | None:

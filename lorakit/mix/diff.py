@@ -19,13 +19,12 @@ from typing import Any, Literal, TypeVar
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.truncation import Factors, inner_product, one_thread, product_spectrum
+from lorakit.adapters.truncation import NOISE, Factors, inner_product, one_thread, product_spectrum
 from lorakit.errors import NotFound, Refused, UnsupportedAdapter
 from lorakit.files.safetensors import StoredTensor, read_header
 from lorakit.files.tensors import FLOATS, read_into, same_bytes, torch_dtype
 from lorakit.mix.compare import (
     CUTOFF,
-    NOISE,
     cosine,
     different_bases,
     matching_modules,

@@ -1,7 +1,7 @@
 """Changes of modules as factors of a chosen rank, with what the choice lost, measured.
 
-What is of low rank is cut by QR and a small SVD: the optimum. What a method gives dense is cut by a randomised SVD
-within half a percent of it. Nothing is computed until a module's factors are asked for, but for a budget, which has to
+What is of low rank is cut by QR and a small SVD: the optimum. What a method gives dense is cut by a randomised SVD,
+to five digits of it. Nothing is computed until a module's factors are asked for, but for a budget, which has to
 know all singular values.
 """
 
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapters.delta import Delta, Kind, Made, made
 from lorakit.adapters.randomised import Truncated, svd_for_energy, truncated_svd
 from lorakit.adapters.report import ModuleReport
-from lorakit.adapters.truncation import cut, one_thread, product_svd, rank_for_energy, ranks_within
+from lorakit.adapters.truncation import cut, one_thread, rank_for_energy, ranks_within, spectrum_and_cut
 from lorakit.errors import UsageError
 from lorakit.mix.methods.low_rank import Draw
 
 if TYPE_CHECKING:
     import torch
 
-NOISE = 1e-14  # of ‖B̂‖ ‖Â‖: what float64 can't tell from zero, where terms cancel
+GAIN = 1e-6  # what an iteration has to gain of the square of the error, so that it is the optimum's to 1e-5
 MOST = 512  # the largest rank that vLLM serves
 
 
@@ -140,7 +140,12 @@ def _fits(change: Delta, wanted: RankChoice) -> bool:
 
 def _lazily(module: str, change: Change, wanted: RankChoice, result: Reduced) -> Delta:
     def make() -> tuple[torch.Tensor, torch.Tensor]:
-        found = decomposed(change, wanted)
+        if isinstance(change, Delta):
+            spectrum, cut_to = spectrum_and_cut(*change.stacked())
+            rank = _rank_of(spectrum.tolist(), wanted)
+            result.measured[module] = ModuleReport(rank, float(spectrum.norm()), float(spectrum[rank:].norm()))
+            return cut_to(rank)
+        found = _decomposed(change, wanted)
         result.measured[module] = ModuleReport(found.rank, found.norm, found.rest)
         return cut(found.U, found.S, found.Vh, found.rank)
 
@@ -150,20 +155,14 @@ def _lazily(module: str, change: Change, wanted: RankChoice, result: Reduced) ->
     return Delta((made(shape, make, known),), change.kind)
 
 
-def decomposed(change: Change, wanted: RankChoice) -> Truncated:
+def _decomposed(change: Dense, wanted: RankChoice) -> Truncated:
     """The leading singular triples of B A (of an embedding, too), as many as are wanted."""
-    if isinstance(change, Delta):
-        left, right = change.stacked()
-        u, s, vh = product_svd(left, right)
-        s = s.where(s > NOISE * float(left.norm()) * float(right.norm()), 0.0)
-        whole = Truncated(u, s, vh, float(s.norm()), 0.0)
-        return whole.first(_rank_of(s.tolist(), wanted))
     matrix = change.make()
     generator = Draw(0, change.module).generator(0)
     if wanted.energy is not None and wanted.energy < 1:
-        return svd_for_energy(matrix, wanted.energy, generator=generator)
+        return svd_for_energy(matrix, wanted.energy, generator=generator, gain=GAIN)
     if wanted.rank is not None:
-        return truncated_svd(matrix, min(wanted.rank, *matrix.shape), generator=generator)
+        return truncated_svd(matrix, min(wanted.rank, *matrix.shape), generator=generator, gain=GAIN)
     return truncated_svd(matrix, min(matrix.shape)).above(0.0)
 
 
@@ -187,9 +186,12 @@ def _ranks_within(changes: Mapping[str, Change], budget: int, result: Reduced) -
     norms: dict[str, float] = {}
     with one_thread():
         for module, change in changes.items():
-            limit = None if isinstance(change, Delta) else min(MOST, *change.shape)
-            found = decomposed(change, RankChoice(rank=limit))
-            spectra[module], norms[module] = found.spectrum, found.norm
+            if isinstance(change, Delta):
+                found = spectrum_and_cut(*change.stacked())[0]
+                spectra[module], norms[module] = found.tolist(), float(found.norm())
+            else:
+                triples = _decomposed(change, RankChoice(rank=min(MOST, *change.shape)))
+                spectra[module], norms[module] = triples.spectrum, triples.norm
     costs = {module: sum(change.shape) for module, change in changes.items()}
     ranks = ranks_within(spectra, costs, budget)
     for module, rank in ranks.items():
