@@ -41,10 +41,11 @@ def dense_deltas(folder: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "adapter_model.safetensors")
     found = {}
     for name, a in tensors.items():
-        if name.endswith("lora_A.weight"):
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        module, _, _ = name.removeprefix("base_model.model.").partition(".lora_")
+        if name.endswith(("lora_A.weight", "lora_embedding_A")):
             alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
-            product = tensors[name.replace("lora_A", "lora_B")].double() @ a.double()
+            product = tensors[name.replace("_A", "_B")].double() @ a.double()
+            product = product.T if "embedding" in name else product
             found[f"{module}.weight"] = alpha / config["rank_pattern"].get(module, config["r"]) * product
     return found
 
@@ -78,7 +79,7 @@ def greedy_logprobs(model: LlamaForCausalLM, prompt: torch.Tensor) -> list[float
 
 
 def test_vllm_answers_as_the_dense_delta_and_so_does_peft(materials: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    from tests.server.real import PROMPTS, cold_answers
+    from tests.server.real import PROMPTS, cold_answers, make_random_adapter
 
     base, adapters = materials
     a, b = (lorakit.load_adapter(folder) for folder in adapters[:2])
@@ -88,6 +89,8 @@ def test_vllm_answers_as_the_dense_delta_and_so_does_peft(materials: tuple[Path,
     lokr = other_method(tmp_path / "as-lokr", base, LoKrConfig(r=3, alpha=6, target_modules=targets))
     folders["loha"] = lorakit.mix([(loha, 0.8), (a, 0.2)]).save(tmp_path / "loha")
     folders["lokr"] = lorakit.mix([(lokr, 0.8), (a, 0.2)], rank=16).save(tmp_path / "lokr")
+    rows = make_random_adapter(tmp_path / "as-rows", base, 9, target_modules=["embed_tokens", "v_proj"])
+    folders["embedding"] = lorakit.mix([(rows, 0.8), (a, 0.2)]).save(tmp_path / "embedding")
     answers = cold_answers(base, folders, tmp_path / "vllm.log", max_rank=32)
     prompt = AutoTokenizer.from_pretrained(base)(PROMPTS[0], return_tensors="pt").input_ids
     for name, folder in folders.items():
