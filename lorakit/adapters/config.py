@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapters.keys import unwrapped
 from lorakit.errors import InvalidFile, UnsupportedAdapter
 from lorakit.files.folders import read_json
 
@@ -110,6 +111,7 @@ def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> fl
 
 
 def _matches(key: str, module: str) -> bool:
+    key = unwrapped(key)  # as the module's own path is
     try:
         return re.match(rf"(.*\.)?({key})$", module) is not None
     except re.error:

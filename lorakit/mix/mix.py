@@ -109,13 +109,15 @@ def _opened(
         named, weight = pair if isinstance(pair, tuple) else (pair, 1.0)
         adapter = opened(named, model)
         given = {key: float(value) for key, value in weight.items()} if isinstance(weight, Mapping) else float(weight)
-        place = places.setdefault(tuple((source.key, source.weight) for source in adapter.sources), len(adapters))
-        before = weights[place] if place < len(adapters) else None
-        if isinstance(before, float) and isinstance(given, float) and adapters[place] == adapter:
-            weights[place] = before + given
-        else:
-            adapters.append(adapter)
-            weights.append(given)
+        key = tuple((source.key, source.weight) for source in adapter.sources)
+        before = weights[places[key]] if key in places else None
+        if isinstance(before, float) and isinstance(given, float):
+            weights[places[key]] = before + given
+            continue
+        if key:
+            places[key] = len(adapters)
+        adapters.append(adapter)
+        weights.append(given)
     if not adapters:
         raise UsageError("no adapter is named: there is nothing to mix")
     return with_one_name_each(adapters, model), weights

@@ -71,6 +71,14 @@ def test_the_algebra_takes_them_too(base: Path, adapters: dict[str, Path], tmp_p
         torch.testing.assert_close(tensor, 2 * one[name] - two[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_one_that_is_named_twice_is_taken_once(adapters: dict[str, Path]) -> None:
+    mixed = lorakit.mix([adapters["loha"], adapters["loha"]], trained="average")
+    assert mixed.rank == 4
+    name = "model.layers.0.self_attn.q_proj"
+    once = lorakit.load_adapter(adapters["lokr"])
+    assert lorakit.mix([(once, 0.5), (adapters["lokr"], 0.5)]).delta(name).rank == (1.0 * once).delta(name).rank
+
+
 def test_shrinking_one_gives_the_best_lora(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     small = lorakit.shrink(adapters["loha"], rank=2)
     name = "model.layers.0.self_attn.q_proj.weight"
