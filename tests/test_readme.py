@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.cli.main import VERBS
+from tests.checkpoints.written import evaluated, finish
 from tests.cli.commands import lorakit
 from tests.folders import base_tensors, write_adapter, write_base
 from tests.readme import README, ROOT, blocks
@@ -22,6 +23,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "score.py").write_text(next(block for block in blocks("python") if "score.py" in block))
     for name in ("runs/sql/checkpoint-500", "runs/chat"):
         write_adapter(tmp_path / name, base_model_name_or_path=str(base))
+    finish(tmp_path / "runs/sql/checkpoint-500", [evaluated(500, 1.1)])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -94,6 +94,14 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
     )
 
 
+def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config in the same bytes: PEFT writes sets of names in an order that changes with each process."""
+    return {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+        for key, value in sorted(config.items())
+    }
+
+
 def _is_finite_number(value: Any) -> bool:
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

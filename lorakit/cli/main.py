@@ -28,6 +28,10 @@ VERBS = {
     "diff": "Say what changed from one adapter to the next, tensor by tensor and delta by delta.",
     "show": "Say what a folder holds, and what it was made of.",
     "extract": "Write what a full fine-tune changed as an adapter of its base.",
+    "ls": "List checkpoints with step, losses, base, size and state.",
+    "latest": "Print the path of a run's newest finished checkpoint.",
+    "best": "Print the path of a run's best finished checkpoint.",
+    "prune": "Remove the checkpoints of a run that nothing keeps, and say why.",
     "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorakit.cli.shared import json_option, note, print_json
-from lorakit.cli.tables import print_table, printable
+from lorakit.cli.tables import print_table, printable, size_in_words
 from lorakit.errors import LorakitError, NotFound, Refused
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _print_facts(facts: dict[str, Any], lineage: Lineage) -> None:
         "rank": facts.get("rank"),
         "modules": facts.get("modules"),
         "tensors": f"{facts['tensors']} in {', '.join(facts['dtypes'])}" if "tensors" in facts else None,
-        "size": _size(facts["bytes"]) if "bytes" in facts else None,
+        "size": size_in_words(facts["bytes"]) if "bytes" in facts else None,
         "settings": " ".join(f"{key}={value}" for key, value in lineage.settings.items() if value is not None) or None,
         "error": None if lineage.error is None else f"{lineage.error:.3g} of the norm was cut off",
         "survival": None if lineage.survival is None else f"{lineage.survival:.2%} of the change survived rounding",
@@ -185,11 +185,6 @@ def _print_facts(facts: dict[str, Any], lineage: Lineage) -> None:
     for name, value in lines.items():
         if value is not None:
             print(f"{name:<9} {printable(str(value))}")
-
-
-def _size(count: int) -> str:
-    unit, scale = next(((name, scale) for name, scale in (("GB", 1e9), ("MB", 1e6)) if count >= scale), ("kB", 1e3))
-    return f"{count / scale:.1f} {unit}"
 
 
 def _print_tree(lineage: Lineage) -> None:

@@ -38,6 +38,12 @@ def _is_number(cell: str) -> bool:
     return bool(re.fullmatch(r"-|[-+]?[\d.]+(e[-+]?\d+)?%?|nan|inf", cell))
 
 
+def size_in_words(count: int) -> str:
+    """Bytes, as `4.1 MB`."""
+    unit, scale = next(((name, scale) for name, scale in (("GB", 1e9), ("MB", 1e6)) if count >= scale), ("kB", 1e3))
+    return f"{count / scale:.1f} {unit}"
+
+
 def printable(text: str) -> str:
     """With what a terminal would obey, or could not show, written out: names in files are anybody's."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.config import canonical
 from lorakit.adapters.reading import WEIGHTS, load_adapter
 from lorakit.adapters.writing import write_adapter_files
 from lorakit.checkpoints.finished import Look, look_at
@@ -50,7 +50,7 @@ def take_in(
     with store.staging() as staged:
         try:
             copy_file(look.folder / WEIGHTS, staged / WEIGHTS)
-            write_json(staged / CONFIG, _canonical(read_json(look.folder / CONFIG)))
+            write_json(staged / CONFIG, canonical(read_json(look.folder / CONFIG)))
         except (FileNotFoundError, InvalidFile):
             raise Incomplete(f"'{look.folder}' went away or was written again while it was copied") from None
         if look_at(look.folder).signature != look.signature:
@@ -71,14 +71,6 @@ def take_in(
         finished=finished, late=late,
     )  # fmt: skip
     return Taken(revision, finish)
-
-
-def _canonical(config: dict[str, Any]) -> dict[str, Any]:
-    """The same config in the same bytes: PEFT writes sets of names in an order that changes with each process."""
-    return {
-        key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
-        for key, value in sorted(config.items())
-    }
 
 
 def _bad_numbers(staged: Path, *, certain: bool) -> list[str]:

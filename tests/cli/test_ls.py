@@ -1,0 +1,136 @@
+"""`lorakit ls`: checkpoints as a table and as data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lorakit.store.store import Store
+from tests.checkpoints.written import evaluated, write_checkpoint, write_model_checkpoint
+from tests.cli.commands import lorakit
+from tests.folders import write_adapter
+
+Capture = pytest.CaptureFixture[str]
+KEYS = [
+    "id", "path", "run", "step", "epoch", "train_loss", "eval_loss", "eval_step", "metrics", "kind", "base", "rank",
+    "size", "digest", "created", "state", "reason", "aliases",
+]  # fmt: skip
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """sql at three steps, the last of which was evaluated before; a whole model; an adapter that may still change."""
+    runs = tmp_path / "runs"
+    log = [{"step": 100, "loss": 2.5}, evaluated(100, 1.5), evaluated(200, 1.25)]
+    write_checkpoint(runs / "sql" / "checkpoint-100", log[:2], base_model_name_or_path="org/llama")
+    write_checkpoint(runs / "sql" / "checkpoint-200", log, base_model_name_or_path="/models/llama")
+    write_checkpoint(runs / "sql" / "checkpoint-300", [*log, {"step": 300, "loss": 0.5}])
+    write_model_checkpoint(runs / "full" / "checkpoint-5")
+    write_adapter(runs / "chat")
+    return runs
+
+
+def test_a_table_with_the_evaluations_own_step(capsys: Capture, runs: Path) -> None:
+    ended = lorakit(capsys, "ls", runs / "sql")
+    assert (ended.code, ended.err) == (0, "")
+    columns = [line.split() for line in ended.out.splitlines()]
+    assert " ".join(columns[0]) == "ID STEP TRAIN LOSS EVAL LOSS KIND BASE SIZE STATE ALIASES"
+    assert columns[1][:6] == ["sql@step-100", "100", "2.5", "1.5", "adapter", "org/llama"]
+    assert columns[2][:6] == ["sql@step-200", "200", "2.5", "1.25", "adapter", "llama"]
+    assert columns[3][:8] == ["sql@step-300", "300", "0.5", "1.25", "(step", "200)", "adapter", "-"]
+    assert [line[-2:] for line in columns[1:]] == [["finished", "-"]] * 3
+
+
+def test_what_is_not_finished_is_listed_and_the_reason_said_beside_the_data(capsys: Capture, runs: Path) -> None:
+    ended = lorakit(capsys, "ls", runs)
+    assert [line.split()[0] for line in ended.out.splitlines()[1:]] == [
+        "chat", "full@step-5", "sql@step-100", "sql@step-200", "sql@step-300",
+    ]  # fmt: skip
+    assert ended.err == "chat is incomplete: nothing says yet that its writer is done\n"
+
+
+def test_json_has_every_key_and_null_for_what_is_not_known(capsys: Capture, runs: Path) -> None:
+    ended = lorakit(capsys, "ls", runs, "--json")
+    rows = {row["id"]: row for row in json.loads(ended.out)}
+    assert (ended.code, ended.err, len(rows)) == (0, "", 5)
+    assert all(list(row) == KEYS for row in rows.values())
+    last = rows["sql@step-300"]
+    assert (last["step"], last["epoch"], last["train_loss"]) == (300, 3.0, 0.5)
+    assert (last["eval_loss"], last["eval_step"], last["metrics"]) == (1.25, 200, {})
+    assert (last["kind"], last["base"], last["rank"], last["aliases"]) == ("adapter", None, 2, [])
+    assert last["path"] == str(runs / "sql" / "checkpoint-300")
+    assert len(last["digest"]) == 64
+    assert rows["full@step-5"]["kind"] == "regular"
+    chat = rows["chat"]
+    assert (chat["state"], chat["step"], chat["digest"], chat["eval_loss"]) == ("incomplete", None, None, None)
+
+
+def test_filters_and_order(capsys: Capture, runs: Path) -> None:
+    def ids(*arguments: str) -> list[str]:
+        return [row["id"] for row in json.loads(lorakit(capsys, "ls", runs, *arguments, "--json").out)]
+
+    assert ids("--filter", "eval_loss<1.3", "--filter", "step<300") == ["sql@step-200"]
+    assert ids("--filter", "kind=adapter", "--sort", "step:desc") == [
+        "sql@step-300", "sql@step-200", "sql@step-100", "chat",
+    ]  # fmt: skip
+    ended = lorakit(capsys, "ls", runs, "--filter", "eval_loss<0")
+    assert (ended.code, ended.out, ended.err) == (0, "", "no checkpoint of these meets the filters\n")
+
+
+def test_a_folder_named_twice_is_listed_once(capsys: Capture, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    twice = lorakit(capsys, "ls", "sql", ".", runs / "sql").out
+    assert sorted(twice.split()) == sorted(lorakit(capsys, "ls").out.split())
+
+
+def test_an_empty_folder_is_an_empty_list(capsys: Capture, tmp_path: Path) -> None:
+    assert lorakit(capsys, "ls", tmp_path, "--json").out == "[]\n"
+    ended = lorakit(capsys, "ls", tmp_path)
+    assert (ended.code, ended.out, ended.err) == (0, "", "no checkpoints are there\n")
+
+
+def test_the_exit_codes(capsys: Capture, tmp_path: Path, runs: Path) -> None:
+    assert lorakit(capsys, "ls", tmp_path / "nowhere").code == 3
+    assert lorakit(capsys, "ls", runs, "--filter", "eval_loss").code == 2
+    assert lorakit(capsys, "ls", runs, "--filter", "nothing<1").code == 2
+    assert lorakit(capsys, "ls", runs, "--sort", "step:up").code == 2
+
+
+def test_many_reasons_are_cut_short(capsys: Capture, tmp_path: Path) -> None:
+    for step in range(12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    errors = lorakit(capsys, "ls", tmp_path).err.splitlines()
+    assert len(errors) == 11
+    assert errors[-1] == "and 2 more: --json has every reason"
+
+
+def test_names_in_files_give_a_terminal_no_orders(capsys: Capture, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a\x1b[2J" / "checkpoint-5", base_model_name_or_path="org/\x1b[31m")
+    write_adapter(tmp_path / "b\x1b[2J")
+    ended = lorakit(capsys, "ls", tmp_path)
+    assert ended.code == 0
+    assert "\x1b" not in ended.out + ended.err
+
+
+def test_aliases_come_from_the_store(
+    capsys: Capture, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.checkpoints.finished import look_at
+    from lorakit.merge.base import read_base
+    from lorakit.server.intake import take_in
+    from tests.folders import write_base
+
+    folder = runs / "sql" / "checkpoint-200"
+    store = Store(tmp_path / "home", "llama")
+    base = read_base(write_base(tmp_path / "base"))
+    taken = take_in(store, base, look_at(folder), run="sql", kind="step", step=200, max_rank=8).revision
+    store.move_alias("sql", "prod", taken.id, "test")
+    store.close()
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    before = sorted(os.listdir(runs / "sql"))
+    (row,) = json.loads(lorakit(capsys, "ls", runs, "--filter", "aliases=prod", "--json").out)
+    assert (row["id"], row["digest"], set(row["aliases"])) == (taken.name, taken.digest, {"latest", "best", "prod"})
+    assert sorted(os.listdir(runs / "sql")) == before
