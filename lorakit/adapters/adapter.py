@@ -15,7 +15,7 @@ from typing import Any
 
 from lorakit.adapters.config import AdapterConfig, ensure_plain
 from lorakit.adapters.delta import Delta, require_finite
-from lorakit.adapters.keys import base_path
+from lorakit.adapters.keys import base_path, is_base_copy
 from lorakit.adapters.patterns import chosen, weights_by_module
 from lorakit.adapters.report import MixReport, Weight
 from lorakit.adapters.source import Source, Stage
@@ -142,7 +142,7 @@ class Adapter:
 
     def _weighted_by_module(self, patterns: Mapping[str, float]) -> Adapter:
         weights = weights_by_module(patterns, (*self.deltas, *self.trained.owners), self.name)
-        said = ", ".join(f"{pattern}={weight:g}" for pattern, weight in patterns.items())
+        said = ", ".join(f"{pattern}={weight!r}" for pattern, weight in patterns.items())
         return replace(
             self,
             deltas={module: delta.scaled(weights[module]) for module, delta in self.deltas.items()},
@@ -175,7 +175,11 @@ class Adapter:
             self,
             deltas={module: delta for module, delta in self.deltas.items() if module in kept},
             biases={module: bias for module, bias in self.biases.items() if module in kept},
-            others=tuple(stored for stored in self.others if base_path(stored.name).removesuffix(".weight") in kept),
+            others=tuple(
+                stored
+                for stored in self.others
+                if not is_base_copy(stored.name) or base_path(stored.name).removesuffix(".weight") in kept
+            ),
             sources=tuple(replace(source, parts=(*source.parts, said)) for source in self.sources),
             reported=None,
         )
@@ -185,8 +189,15 @@ class Adapter:
 
         Raises:
             UnsupportedAdapter: one of them has more than deltas.
-            WrongBase: a module has different shapes in the two.
+            WrongBase: a module has different shapes in the two, or they name their modules differently.
         """
+        from lorakit.adapters.naming import ensure_one_naming
+
+        ensure_one_naming(self, other)
+        return self.stacked_with(other)
+
+    def stacked_with(self, other: Adapter) -> Adapter:
+        """As `plus`, whatever the modules are called."""
         mine, theirs = self.plain(work="mixed"), other.plain(work="mixed")
         deltas, biases = dict(mine.deltas), dict(mine.biases)
         for module, delta in theirs.deltas.items():

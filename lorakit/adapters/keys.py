@@ -30,9 +30,36 @@ _OTHERS: tuple[tuple[re.Pattern[str], Part], ...] = (
 )
 _PREFIX = "base_model.model."
 # What PEFT puts between a module's path and its own tensors.
-_TABLE = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|lm_head|embed_out)\.weight$")
+_TABLE = re.compile(
+    r"(?:^|\.)(?:embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|shared|lm_head|embed_out|proj_out|output_layer|"
+    r"predictions\.decoder)\.(?:weight|bias)$"
+)
 _WRAPPING = re.compile(r"\.(?:base_layer|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?)(?=\.)")
 
+
+# What a path may begin with, longest first, and what may stand there on disk in its place. Multimodal models had
+# `language_model.model.`, and have `model.language_model.` since transformers 4.52; towers (`visual.`, `vision_tower.`,
+# `multi_modal_projector.`) moved below `model.` then, which is the empty prefix against `model.`.
+PREFIXES = (
+    "model.language_model.model.",
+    "model.language_model.",
+    "language_model.model.",
+    "model.text_model.",
+    "text_model.model.",
+    "thinker.model.",
+    "base_model.model.",
+    "model.model.",
+    "model.llm.",
+    "llm.model.",
+    "_orig_mod.",
+    "language_model.",
+    "text_model.",
+    "transformer.",
+    "thinker.",
+    "module.",
+    "model.",
+    "",
+)
 
 # What torch.compile, FSDP and activation checkpointing put into paths; DDP puts `module.` before them.
 WRAPPERS = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -90,4 +117,4 @@ def is_table(name: str) -> bool:
 
 def base_path(name: str) -> str:
     """The name in the base of a tensor that was trained in place of the base's, or is PEFT's copy of it."""
-    return _WRAPPING.sub("", name.removeprefix(_PREFIX))
+    return _WRAPPING.sub("", unwrapped(name))

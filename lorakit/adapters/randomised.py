@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 Product = Callable[["torch.Tensor"], "torch.Tensor"]
 
+SHORT = 384  # a side of which a full SVD takes no time to speak of
 OVERSAMPLE = 24
-ITERATIONS = 20  # at most; without a norm to measure by, always WITHOUT_NORM
+ITERATIONS = 60  # at most; without a norm to measure by, always WITHOUT_NORM
 WITHOUT_NORM = 4  # within half a percent of the optimum, of flat spectra, too
-GAIN = 5e-3  # of the square of the error: an iteration that gains less was the last
+GAIN = 5e-3  # of the square of the error: where all further iterations together gain less, they are left out
+SLOWEST = 0.98
 FIRST_BLOCK = 32  # where the rank is not known, it is looked for among so many triples first
 ROWS = 1024  # of a block for sums in float64
 CANCELLED = 1e-4  # of ‖M‖²: below it, ‖M‖² - Σσ² is mostly rounding
@@ -88,8 +90,8 @@ def randomised_svd(
     """U (m, k), S (k), Vh (k, n) of M of `shape` in float64, k = min(rank, m, n), from its products alone.
 
     `times` gives M X for X (n, l), `transposed_times` Mᵀ Y for Y (m, l); both may be float32. `start` (n, j) is what
-    is known of the row space already. With M's Frobenius `norm`, the iterations end when one more gains less than the
-    share `gain` of the square of the error. The draws come from `generator`, on the CPU, whatever the device.
+    is known of the row space already. With M's Frobenius `norm`, the iterations end when all others together would
+    gain less than the share `gain` of the square of the error. The draws come from `generator`, on the CPU always.
     """
     import torch
 
@@ -100,11 +102,14 @@ def randomised_svd(
         block = torch.cat([known, block[:, known.shape[1] :]], dim=1)
     basis = _orthonormal(times(block))
     q, r = torch.linalg.qr(transposed_times(basis).double())
-    rest = inf
+    rest = gained = inf
     for _ in range(iterations or (WITHOUT_NORM if norm is None else ITERATIONS)):
         if norm is not None:
             before, rest = rest, max(0.0, norm**2 - float(torch.linalg.svdvals(r)[:rank].square().sum()))
-            if before - rest <= gain * rest:
+            last, gained = gained, max(0.0, before - rest)
+            # gains shrink by about the same factor each time: what all those to come would add up to
+            factor = min(gained / last, SLOWEST) if 0 < last < inf else SLOWEST
+            if gained < inf and gained * factor / (1 - factor) <= gain * rest:
                 break
         basis = _orthonormal(times(q))
         q, r = torch.linalg.qr(transposed_times(basis).double())
@@ -123,7 +128,7 @@ def truncated_svd(
 ) -> Truncated:
     """The first `rank` triples of a dense matrix (m, n) in float32: exactly where a side is short, else randomised."""
     norm = frobenius_norm(matrix) if norm is None else norm
-    if min(matrix.shape) <= 2 * (rank + OVERSAMPLE):
+    if min(matrix.shape) <= max(SHORT, 2 * (rank + OVERSAMPLE)):
         u, s, vh = _whole_svd(matrix)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     else:

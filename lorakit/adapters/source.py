@@ -31,7 +31,7 @@ class Source:
     @property
     def key(self) -> Any:
         """Equal for sources that differ in their weight alone."""
-        return self.folder, self.file, self.state, self.parts
+        return self.folder, self.file, self.state, str(dict(self.config.raw)), self.parts
 
     def files(self) -> Iterator[Source]:
         yield self

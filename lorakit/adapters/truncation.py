@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from threading import RLock
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,7 +17,7 @@ from lorakit.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-NOISE = 1e-14  # of ‖left‖ ‖right‖: what float64 can't tell from zero, where terms cancel
+NOISE = 1e-14  # of the sum of ‖terms‖
 
 Factors: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # B (m, r) and A (r, n)
 
@@ -45,7 +46,10 @@ def spectrum_and_cut(
     r_left = torch.linalg.qr(left, mode="r")[1]
     r_right = torch.linalg.qr(right.T, mode="r")[1]
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    s = s.where(s > NOISE * float(r_left.norm()) * float(r_right.norm()), 0.0)
+    noise = noise_of(r_left, r_right.T)
+    if not isfinite(noise):
+        raise UsageError("a delta is too large for float64: give smaller weights")
+    s = s.where(s > noise, 0.0)
 
     def cut_to(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         root = s[:rank].rsqrt().where(s[:rank] > 0, 0.0)
@@ -54,6 +58,13 @@ def spectrum_and_cut(
         return b.float().contiguous(), a.float().contiguous()
 
     return s, cut_to
+
+
+def noise_of(left: torch.Tensor, right: torch.Tensor) -> float:
+    """What float64 can't tell from zero in left · right, where its terms cancel: of each term by itself, as one may be
+    as large in the one factor as it is small in the other.
+    """
+    return NOISE * float((left.norm(dim=0) * right.norm(dim=1)).sum())
 
 
 def product_spectrum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -9,30 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# What a path may begin with, longest first, and what may stand there on disk in its place. Multimodal models had
-# `language_model.model.`, and have `model.language_model.` since transformers 4.52; towers (`visual.`, `vision_tower.`,
-# `multi_modal_projector.`) moved below `model.` then, which is the empty prefix against `model.`.
-PREFIXES = (
-    "model.language_model.model.",
-    "model.language_model.",
-    "language_model.model.",
-    "model.text_model.",
-    "text_model.model.",
-    "thinker.model.",
-    "base_model.model.",
-    "model.model.",
-    "model.llm.",
-    "llm.model.",
-    "_orig_mod.",
-    "language_model.",
-    "text_model.",
-    "transformer.",
-    "thinker.",
-    "module.",
-    "model.",
-    "",
-)
-
 
 class Rename(NamedTuple):
     """Two spellings of a part of a path, where the path also has `within` in it."""

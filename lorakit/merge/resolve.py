@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from functools import cached_property
 
-from lorakit.adapters.keys import unwrapped
-from lorakit.merge.families import PREFIXES, RENAMES, TOGETHER
+from lorakit.adapters.keys import PREFIXES, unwrapped
+from lorakit.merge.families import RENAMES, TOGETHER
 
-__all__ = ["PREFIXES", "Resolver", "copied_from_base"]
+__all__ = ["Resolver", "copied_from_base"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

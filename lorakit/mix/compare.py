@@ -9,7 +9,7 @@ What is computed of one module takes its factors and little more; no dense delta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations
 from math import sqrt
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
+from lorakit.adapters.naming import ensure_one_naming
 from lorakit.adapters.patterns import names
-from lorakit.adapters.truncation import NOISE, Factors, inner_product, one_thread, product_svd
+from lorakit.adapters.trained import Trained
+from lorakit.adapters.truncation import Factors, inner_product, noise_of, one_thread, product_svd
 from lorakit.errors import UsageError, WrongBase
-from lorakit.mix.opened import AdapterLike, opened
+from lorakit.mix.opened import AdapterLike, opened, with_trained
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +66,7 @@ def spaces(factors: Factors) -> Spaces:
     """The norm is that of all singular values, which loses nothing where terms cancel."""
     left, right = factors
     u, s, vh = product_svd(left, right)
-    noise = NOISE * float(left.norm()) * float(right.norm())
+    noise = noise_of(left, right)
     kept = int(((s > CUTOFF * s[:1]) & (s > noise)).sum())
     norm = float(s.norm()) if kept else 0.0
     return Spaces(factors, norm, u[:, :kept], vh[:kept].T, s[:, None] * vh)
@@ -232,7 +234,10 @@ def compare(a: AdapterLike, b: AdapterLike, *more: AdapterLike, modules: str = "
         UnsupportedAdapter: an adapter does more than add deltas of low rank.
         InvalidFile: a factor holds NaN or infinity.
     """
-    adapters = [opened(adapter).plain(work="compared") for adapter in (a, b, *more)]
+    ready = [with_trained(opened(adapter)) for adapter in (a, b, *more)]
+    adapters = [replace(adapter, trained=Trained()).plain(work="compared") for adapter in ready]
+    for one, other in combinations(adapters, 2):
+        ensure_one_naming(one, other)
     with one_thread():
         found = {module: _relations(adapters, module) for module in matching_modules(adapters, modules)}
     for adapter in adapters:
@@ -242,7 +247,7 @@ def compare(a: AdapterLike, b: AdapterLike, *more: AdapterLike, modules: str = "
         adapters=tuple(adapter.name for adapter in adapters),
         norms=(pairs[0].overall.norms[0], *(pair.overall.norms[1] for pair in pairs if pair.first == 0)),
         pairs=pairs,
-        notes=(*different_bases(adapters), *with_biases(adapters)),
+        notes=(*different_bases(adapters), *with_biases(adapters), *with_copies(ready)),
     )
 
 
@@ -293,6 +298,15 @@ def different_bases(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """A note where the adapters' configs name different bases."""
     bases = dict.fromkeys(str(adapter.base) for adapter in adapters)
     return (f"the adapters name different bases: {', '.join(bases)}",) if len(bases) > 1 else ()
+
+
+def with_copies(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """A note for each adapter that holds trained copies of the base's values."""
+    return tuple(
+        f"adapter '{adapter.name}' holds trained copies of the base's values too: its deltas alone are compared"
+        for adapter in adapters
+        if adapter.trained
+    )
 
 
 def with_biases(adapters: Sequence[Adapter]) -> tuple[str, ...]:

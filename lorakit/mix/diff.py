@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.truncation import NOISE, Factors, inner_product, one_thread, product_spectrum
+from lorakit.adapters.truncation import Factors, inner_product, noise_of, one_thread, product_spectrum
 from lorakit.errors import NotFound, Refused, UnsupportedAdapter
 from lorakit.files.safetensors import StoredTensor, read_header
 from lorakit.files.tensors import FLOATS, read_into, same_bytes, torch_dtype
@@ -296,7 +296,7 @@ def _form(delta: Delta | None) -> object:
 
 def _spectrum(factors: Factors) -> tuple[float, ...]:
     """Singular values, largest first; zero where float64 can't tell them from it."""
-    noise = NOISE * float(factors[0].norm()) * float(factors[1].norm())
+    noise = noise_of(*factors)
     return tuple(value if value > noise else 0.0 for value in product_spectrum(*factors).tolist())
 
 

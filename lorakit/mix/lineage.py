@@ -105,7 +105,12 @@ def lineage_of(folder: str | os.PathLike[str]) -> Lineage:
 def _of_folder(path: str, state: State, told: set[Path], depth: int) -> Lineage:
     """`told` are the folders that stand in the tree already: each is gone into once, so that no tree is endless."""
     folder = Path(path).resolve()
-    record = _read_record(folder)
+    try:
+        record = _read_record(folder)
+    except InvalidFile:
+        if not depth:
+            raise
+        return Lineage(path, "changed")
     if record is None:
         return Lineage(path, state)
     if folder in told:

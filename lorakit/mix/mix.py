@@ -5,6 +5,7 @@ Exact unless asked otherwise: the weighted sum, with stacked factors, whatever t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, reduce
@@ -21,7 +22,7 @@ from lorakit.errors import UsageError
 from lorakit.merge.base import read_base
 from lorakit.mix.methods.low_rank import LowRank
 from lorakit.mix.methods.registry import Method, checked_options, method_named
-from lorakit.mix.opened import AdapterLike, BaseLike, opened, require_device, with_one_name_each, with_trained
+from lorakit.mix.opened import AdapterLike, BaseLike, opened, require_device, with_one_naming, with_trained
 from lorakit.mix.reduce import Change, Dense, RankChoice, reduced
 from lorakit.mix.report import report_of
 
@@ -75,7 +76,7 @@ def mix(
     weighted = [adapter.weighted(weight) for adapter, weight in zip(ready, weights, strict=True)]
     plain = [replace(adapter, trained=Trained()).plain(work="mixed") for adapter in ready]
     parts = [replace(adapter, trained=Trained()) for adapter in weighted]
-    total = reduce(Adapter.plus, parts)
+    total = reduce(Adapter.stacked_with, parts)
     by_method = chosen.name != "linear"
     changes = _merged(chosen, plain, weights, settings, device) if by_method else total.deltas
     result = reduced(changes, choice, keep=total.biases)
@@ -105,10 +106,14 @@ def _opened(
     adapters: list[Adapter] = []
     weights: list[Weight] = []
     places: dict[Any, int] = {}
+    if isinstance(pairs, Mapping | str | os.PathLike | Adapter):
+        raise UsageError("give the adapters to mix as a list of (adapter, weight)")
     for pair in pairs:
-        named, weight = pair if isinstance(pair, tuple) else (pair, 1.0)
+        named, weight = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (pair, 1.0)
+        if not isinstance(named, Adapter | str | os.PathLike):
+            raise UsageError(f"{named!r} is no adapter: give a list of (adapter, weight)")
         adapter = opened(named, model)
-        given = {key: float(value) for key, value in weight.items()} if isinstance(weight, Mapping) else float(weight)
+        given = _as_weight(weight)
         key = tuple((source.key, source.weight) for source in adapter.sources)
         before = weights[places[key]] if key in places else None
         if isinstance(before, float) and isinstance(given, float):
@@ -120,7 +125,16 @@ def _opened(
         weights.append(given)
     if not adapters:
         raise UsageError("no adapter is named: there is nothing to mix")
-    return with_one_name_each(adapters, model), weights
+    return with_one_naming(adapters, model), weights
+
+
+def _as_weight(weight: Any) -> Weight:
+    try:
+        if isinstance(weight, Mapping):
+            return {str(pattern): float(value) for pattern, value in weight.items()}
+        return float(weight)
+    except (TypeError, ValueError):
+        raise UsageError(f"the weight {weight!r} is neither a number nor patterns of modules with numbers") from None
 
 
 def _on_biases(total: Adapter, *, by_method: bool) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.as_lora import NEEDS_SHAPES
 from lorakit.adapters.config import AVERAGED
+from lorakit.adapters.naming import apart, ensure_one_naming, renamed
 from lorakit.adapters.plain import as_lora
 from lorakit.adapters.trained import trained_of
 from lorakit.errors import UnsupportedAdapter, WrongBase
@@ -44,50 +46,35 @@ def opened(adapter: AdapterLike, base: BaseModel | None = None) -> Adapter:
     return as_lora(found, _Shapes(base or read_base(str(found.base))))
 
 
-def with_one_name_each(adapters: Sequence[Adapter], base: BaseModel | None) -> list[Adapter]:
-    """The adapters as they are, or with the base's names for modules that some know by the end of the path alone
-    (`layers.0.mlp.up_proj` of an AutoModel, `model.layers.0.mlp.up_proj` of the class with a head).
+def with_one_naming(adapters: Sequence[Adapter], base: BaseModel | None) -> list[Adapter]:
+    """The adapters with the same names for the same modules: the longer ones, which are those of the class with a head.
 
     Raises:
-        WrongBase: there are such, and no base says which is right.
+        WrongBase: the names differ, and there is no base, or not of that model, to say whether they mean the same.
     """
-    shapes = {module: delta.shape for adapter in adapters for module, delta in adapter.deltas.items()}
-    short = {
-        tail: module for module, shape in shapes.items() for tail in _tails(module) if shapes.get(tail) == shape
-    }  # fmt: skip
-    apart = {
-        tail: module
-        for tail, module in short.items()
-        if not any(tail in adapter.deltas and module in adapter.deltas for adapter in adapters)
-    }
-    if not apart:
-        return list(adapters)
-    if base is None:
-        module, long = next(iter(apart.items()))
+    found = list(adapters)
+    for i, j in combinations(range(len(found)), 2):
+        before = apart(found[i].deltas, found[j].deltas)
+        if before is None:
+            continue
+        if base is None:
+            ensure_one_naming(found[i], found[j])
+        elif _mean_the_same(found[i], *before, base):
+            short, long = sorted(before, key=len)
+            shorter = i if before[0] == short else j
+            found[shorter] = renamed(found[shorter], short, long)
+    return found
+
+
+def _mean_the_same(adapter: Adapter, old: str, new: str, base: BaseModel | None) -> bool:
+    resolver = Resolver(base.tensors if base else ())
+    module = next(module for module in adapter.deltas if module.startswith(old) and module != old)
+    mine, theirs = (resolver.weight_of(path) for path in (module, new + module.removeprefix(old)))
+    if mine is None and theirs is None:
         raise WrongBase(
-            f"what one adapter calls '{module}' seems to be '{long}' in another: they were trained on different "
-            f"classes of the model; name the base with --base, and both are called as it does"
+            f"the base has no weight for '{module}' of adapter '{adapter.name}': it was made for another one"
         )
-    resolver = Resolver(base.tensors)
-    right = {
-        module: (resolver.weight_of(module) or f"{module}.weight").removesuffix(".weight")
-        for pair in apart.items()
-        for module in pair
-    }
-    return [_renamed(adapter, right) for adapter in adapters]
-
-
-def _tails(path: str) -> Iterator[str]:
-    parts = path.split(".")
-    return (".".join(parts[first:]) for first in range(1, len(parts)))
-
-
-def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    return replace(
-        adapter,
-        deltas={names.get(module, module): delta for module, delta in adapter.deltas.items()},
-        biases={names.get(module, module): bias for module, bias in adapter.biases.items()},
-    )
+    return mine is None or theirs is None or mine == theirs
 
 
 def require_device(device: str) -> None:

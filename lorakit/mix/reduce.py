@@ -1,7 +1,7 @@
 """Changes of modules as factors of a chosen rank, with what the choice lost, measured.
 
 What is of low rank is cut by QR and a small SVD: the optimum. What a method gives dense is cut by a randomised SVD,
-to five digits of it. Nothing is computed until a module's factors are asked for, but for a budget, which has to
+to about five digits of it. Nothing is computed until a module's factors are asked for, but for a budget, which has to
 know all singular values.
 """
 
@@ -23,7 +23,7 @@ from lorakit.mix.methods.low_rank import Draw
 if TYPE_CHECKING:
     import torch
 
-GAIN = 1e-6  # what an iteration has to gain of the square of the error, so that it is the optimum's to 1e-5
+GAIN = 1e-6  # of the square of the error: what may be left to gain, so that it is the optimum's to 1e-5
 MOST = 512  # the largest rank that vLLM serves
 
 
@@ -158,6 +158,8 @@ def _lazily(module: str, change: Change, wanted: RankChoice, result: Reduced) ->
 def _decomposed(change: Dense, wanted: RankChoice) -> Truncated:
     """The leading singular triples of B A (of an embedding, too), as many as are wanted."""
     matrix = change.make()
+    if not matrix.isfinite().all():
+        raise UsageError(f"the method's change of '{change.module}' is too large for float32: give smaller weights")
     generator = Draw(0, change.module).generator(0)
     if wanted.energy is not None and wanted.energy < 1:
         return svd_for_energy(matrix, wanted.energy, generator=generator, gain=GAIN)

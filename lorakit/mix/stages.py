@@ -42,7 +42,6 @@ def mix_in_stages(
     if choice.is_exact:
         raise UsageError("an exact mix has no stages to keep: choose a rank, an energy or a budget")
     folder = keep / f"1-{method.replace(':', '-')}"
-    keep.mkdir(parents=True, exist_ok=True)
     # what a method gives dense is kept as far as an adapter goes
     first = mix(pairs, method, MOST if method_named(method).gives == "dense" else None, **options)
     first.save(folder)

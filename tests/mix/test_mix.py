@@ -225,9 +225,46 @@ def test_modules_of_two_names_are_one_where_the_base_says_which(tmp_path: Path) 
     base = write_base(tmp_path / "base")
     long = write_adapter(tmp_path / "long", factors({"model.layers.0.mlp.up_proj": (12, 8)}))
     short = write_adapter(tmp_path / "short", factors({"layers.0.mlp.up_proj": (12, 8)}, seed=2))
-    with pytest.raises(lorakit.errors.WrongBase, match=r"'layers\.0\.mlp\.up_proj' seems to be 'model\..*--base"):
+    with pytest.raises(lorakit.errors.WrongBase, match=r"begin with 'model\.', those of .* with ''.*--base"):
         lorakit.mix([long, short])
+    with pytest.raises(lorakit.errors.WrongBase, match="--base"):
+        lorakit.load_adapter(long) + lorakit.load_adapter(short)
     assert lorakit.mix([long, short], base=base).modules == ("model.layers.0.mlp.up_proj",)
+    # the whole adapter is renamed, though one module alone is in both
+    more = write_adapter(tmp_path / "more", factors({"layers.1.mlp.up_proj": (12, 8)}, seed=3))
+    assert set(lorakit.mix([short, more, long], base=base).modules) == {
+        "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj",
+    }  # fmt: skip
+
+
+def test_terms_that_are_large_in_one_factor_and_small_in_the_other_are_kept(tmp_path: Path) -> None:
+    tensors = factors({"q_proj": (8, 8)}), factors({"q_proj": (8, 8)}, seed=2)
+    folders = []
+    for number, (named, large) in enumerate(zip(tensors, ("lora_A", "lora_B"), strict=True)):
+        scaled = {name: value * np.float32(1e7 if large in name else 1e-7) for name, value in named.items()}
+        folders.append(write_adapter(tmp_path / str(number), scaled))
+    exact, cut = lorakit.mix(folders), lorakit.mix(folders, rank=4, method="peft:svd")
+    torch.testing.assert_close(cut.delta("q_proj").dense(), exact.delta("q_proj").dense(), rtol=1e-5, atol=1e-5)
+    assert lorakit.shrink(lorakit.mix(folders, "peft:cat"), rank=3).delta("q_proj").norm() > 1
+
+
+def test_parts_keep_the_table_of_a_resized_vocabulary(tmp_path: Path) -> None:
+    name = "base_model.model.lm_head.weight"
+    table = {name: factors({"x": (16, 8)})["base_model.model.x.lora_B.weight"]}
+    adapter = lorakit.load_adapter(write_adapter(tmp_path / "a", factors(linear_modules()) | table))
+    assert [stored.name for stored in adapter.only("q_proj").others] == [name]
+
+
+@pytest.mark.parametrize("pairs", [{"a": 0.5}, "folder", [1]])
+def test_what_is_no_list_of_adapters_is_said(pairs: Any) -> None:
+    with pytest.raises(lorakit.errors.UsageError, match=r"a list of \(adapter, weight\)"):
+        lorakit.mix(pairs)
+
+
+@pytest.mark.parametrize("weight", [None, "much", {"*": "much"}])
+def test_a_weight_that_is_none_is_said(tmp_path: Path, weight: Any) -> None:
+    with pytest.raises(lorakit.errors.UsageError, match="neither a number nor patterns"):
+        lorakit.mix([(write_adapter(tmp_path / "a"), weight)])
 
 
 def test_what_a_stage_lost_stays_known(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from lorakit.files.folders import refuse_existing, whole_folder
 from lorakit.files.provenance import write_provenance
 from lorakit.merge.base import BaseModel
 from lorakit.mix.extraction.change import MAX_RANK, Change, Factors, Goal, change_of, uncarried_change
-from lorakit.mix.extraction.plan import ExtractPlan, Pair, plan_extract
+from lorakit.mix.extraction.plan import SHARED, ExtractPlan, Pair, plan_extract
 from lorakit.mix.extraction.report import ExtractReport, UncarriedChange
 from lorakit.mix.extraction.tuned import Tuned, opened, parent_of
 from lorakit.mix.reduce import RankChoice
@@ -37,13 +37,11 @@ DEFAULT_RANK = 64
 WORKERS = 4  # weights at a time: two threads do more for two weights than for one; each takes memory of its own
 _FACTORS = ".factors"  # as they are computed
 _CONFIG = "adapter_config.json"
+# of others PEFT takes the head for a module to save, whether it is in the file or not
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
 }
 
 Progress = Callable[[int, int], None]
@@ -231,6 +229,10 @@ class _Extraction:
     def _share_out(self, budget: int) -> None:
         spectra = {change.module.module: change.spectrum for change in self.changes}
         costs = {change.module.module: change.pair.cost for change in self.changes}
+        if costs and budget < min(costs.values()):
+            raise UsageError(
+                f"a budget of {budget} parameters holds nothing: one rank of one module takes {min(costs.values())}"
+            )
         if spectra:
             ranks = ranks_within(spectra, costs, budget)
             self.changes = [change.first(ranks[change.module.module]) for change in self.changes]
@@ -246,6 +248,8 @@ def _savable(plan: ExtractPlan) -> Iterator[str]:
     owners = {name.rpartition(".")[0] for name in plan.tuned.tensors}
     paired = {pair.module for pair in plan.pairs}
     for part in plan.uncarried:
+        if part.tuned.name == SHARED:
+            continue
         is_bias = part.tuned.name.endswith(".bias")
         holds_more = part.module in paired or any(owner.startswith(f"{part.module}.") for owner in owners)
         if is_bias or (part.module and not holds_more):

@@ -17,10 +17,11 @@ from lorakit.merge.resolve import Resolver
 
 # Other embeddings than that of the vocabulary's input, by the names that transformers' classes give them.
 OTHER_EMBEDDINGS = frozenset({
-    "wpe", "embed_positions", "position_embedding", "position_embeddings", "token_type_embeddings", "shared",
+    "wpe", "embed_positions", "position_embedding", "position_embeddings", "token_type_embeddings",
     "relative_attention_bias", "embed_tokens_per_layer", "tokens_embed", "positions_embed",
 })  # fmt: skip
 ROUTERS = frozenset({"gate", "router"})  # beside experts: no linear layer of its class, so PEFT has no factors for it
+SHARED = "shared.weight"  # of T5: the weight of three modules, of which PEFT would change one
 SHOWN = 4
 
 
@@ -178,7 +179,7 @@ def _reason(stored: StoredTensor, other: StoredTensor, model: Model) -> str | No
     """
     layer, module = layer_of(stored.name), stored.name.rpartition(".")[0]
     if stored.shape != other.shape:
-        tables = EMBEDDINGS | HEADS | OTHER_EMBEDDINGS
+        tables = EMBEDDINGS | HEADS | OTHER_EMBEDDINGS | {"shared"}
         if layer.removesuffix(".bias") not in tables and module.rpartition(".")[2] not in tables | {"bias"}:
             raise WrongBase(
                 f"'{stored.name}' is {list(stored.shape)} in '{model.base.reference}' and {list(other.shape)} in the "
@@ -189,6 +190,8 @@ def _reason(stored: StoredTensor, other: StoredTensor, model: Model) -> str | No
         return f"it is stored as {stored.dtype}"
     if stored.name.endswith(".bias"):
         return "a bias"
+    if stored.name == SHARED and model.base.config.get("is_encoder_decoder"):
+        return "the embedding of encoder and decoder at once"
     if len(stored.shape) < 2:
         return "a vector"
     if len(stored.shape) > 2:

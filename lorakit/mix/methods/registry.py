@@ -250,13 +250,18 @@ def checked_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         takes = ", ".join(method.options) or "no option"
         raise UsageError(f"method '{method.name}' takes no {', '.join(unknown)}; it takes {takes}")
-    options = {**method.options, **given}
+    options = {**method.options, **{name: _plain(value) for name, value in given.items()}}
     for name, value in options.items():
         allowed, is_allowed = RANGES[name]
         if not is_allowed(value):
             raise UsageError(f"{name}={value!r} of method '{method.name}': it has to be {allowed}")
     _check_together(method, options)
     return options
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's own."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _check_together(method: Method, options: Mapping[str, Any]) -> None:
