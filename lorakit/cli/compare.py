@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.cli.shared import json_option, note, print_json
+from lorakit.cli.shared import json_option
 
 if TYPE_CHECKING:
     from lorakit.mix.compare import CompareReport, Relation
@@ -41,24 +41,10 @@ def command(first: str, others: tuple[str, ...], modules: str, plot: str | None,
     lorakit compare runs/sql/checkpoint-500 runs/chat
     lorakit compare sql chat code --modules '*.mlp.*' --plot cosines.png
     """
-    from pathlib import Path
-
     from lorakit.cli import plots
     from lorakit.mix.compare import compare
 
-    if plot is not None:
-        plots.ensure_plottable(Path(plot))
-    report = compare(first, *others, modules=modules)
-    if plot is not None:
-        plots.write_png(plots.cosine_map(report), Path(plot))
-    if as_json:
-        print_json({**report.as_dict(), "plot": plot})
-    else:
-        _print(report)
-        if plot is not None:
-            note(f"plotted to {plot}")
-    for line in report.notes:
-        note(f"note: {line}")
+    plots.tell(lambda: compare(first, *others, modules=modules), _print, plots.cosine_map, plot, as_json=as_json)
 
 
 def _print(report: CompareReport) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.cli.shared import json_option, note, print_json
+from lorakit.cli.shared import json_option
 
 if TYPE_CHECKING:
     from lorakit.mix.diff import Change, DiffReport, Stage
@@ -40,24 +40,10 @@ def command(first: str, others: tuple[str, ...], modules: str, plot: str | None,
     lorakit diff runs/sql/checkpoint-500 runs/sql/checkpoint-1000
     lorakit diff exact rank-16 tuned --module '*.layers.0.*' --plot stages.png
     """
-    from pathlib import Path
-
     from lorakit.cli import plots
     from lorakit.mix.diff import diff
 
-    if plot is not None:
-        plots.ensure_plottable(Path(plot))
-    report = diff(first, *others, modules=modules)
-    if plot is not None:
-        plots.write_png(plots.stages_figure(report), Path(plot))
-    if as_json:
-        print_json({**report.as_dict(), "plot": plot})
-    else:
-        _print(report)
-        if plot is not None:
-            note(f"plotted to {plot}")
-    for line in report.notes:
-        note(f"note: {line}")
+    plots.tell(lambda: diff(first, *others, modules=modules), _print, plots.stages_figure, plot, as_json=as_json)
 
 
 def _print(report: DiffReport) -> None:

@@ -6,11 +6,12 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorakit.cli.shared import note, print_json
 from lorakit.errors import LorakitError, Refused, UsageError, disk_errors_named
 from lorakit.files.folders import refuse_existing, sync_folder
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from lorakit.mix.compare import CompareReport
     from lorakit.mix.diff import DiffReport
+
+R = TypeVar("R", "CompareReport", "DiffReport")
 
 _LAYER = re.compile(r"^(?P<before>.*?\.)??(?P<layer>\d+)\.(?P<kind>.+)$")
 _LABELLED = 60  # rows or columns; more labels than that can't be read
@@ -40,6 +43,25 @@ def ensure_plottable(file: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError:
         raise LorakitError("matplotlib is not installed, which --plot needs: pip install 'lorakit[plot]'") from None
+
+
+def tell(
+    make: Callable[[], R], words: Callable[[R], None], figure: Callable[[R], Figure], plot: str | None, *, as_json: bool
+) -> None:
+    """Make a report, draw it where that was asked for, and print it in words or as data."""
+    if plot is not None:
+        ensure_plottable(Path(plot))
+    report = make()
+    if plot is not None:
+        write_png(figure(report), Path(plot))
+    if as_json:
+        print_json({**report.as_dict(), "plot": plot})
+    else:
+        words(report)
+        if plot is not None:
+            note(f"plotted to {plot}")
+    for line in report.notes:
+        note(f"note: {line}")
 
 
 def cosine_map(report: CompareReport) -> Figure:
