@@ -189,15 +189,8 @@ class Adapter:
 
         Raises:
             UnsupportedAdapter: one of them has more than deltas.
-            WrongBase: a module has different shapes in the two, or they name their modules differently.
+            WrongBase: a module has different shapes in the two.
         """
-        from lorakit.adapters.naming import ensure_one_naming
-
-        ensure_one_naming(self, other)
-        return self.stacked_with(other)
-
-    def stacked_with(self, other: Adapter) -> Adapter:
-        """As `plus`, whatever the modules are called."""
         mine, theirs = self.plain(work="mixed"), other.plain(work="mixed")
         deltas, biases = dict(mine.deltas), dict(mine.biases)
         for module, delta in theirs.deltas.items():

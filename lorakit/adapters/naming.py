@@ -38,10 +38,23 @@ def ensure_one_naming(one: Adapter, other: Adapter) -> None:
     """Raises WrongBase where the two call their modules by the names of different classes."""
     found = apart(one.deltas, other.deltas)
     if found:
-        raise WrongBase(
-            f"the modules of '{one.name}' begin with '{found[0]}', those of '{other.name}' with '{found[1]}': they "
-            f"seem to be the same, trained in different classes of the model; mix them with --base BASE, which tells"
-        )
+        raise _of_two_classes(one.name, f"those of '{other.name}'", *found)
+
+
+def ensure_named_alike(adapter: Adapter) -> None:
+    """Raises WrongBase where the sum of several folders has modules of two classes: PEFT would load those of one."""
+    for befores in _stacks(adapter.deltas).values():
+        for before in befores:
+            for there in befores:
+                if before != there and before.endswith(there):
+                    raise _of_two_classes(adapter.name, "others", before, there)
+
+
+def _of_two_classes(name: str, others: str, before: str, there: str) -> WrongBase:
+    return WrongBase(
+        f"the modules of '{name}' begin with '{before}', {others} with '{there}': they seem to be the same, trained in "
+        f"different classes of the model; mix them with --base BASE, which tells"
+    )
 
 
 def renamed(adapter: Adapter, old: str, new: str) -> Adapter:

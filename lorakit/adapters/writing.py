@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta, made
 from lorakit.adapters.keys import Part, factor_name
+from lorakit.adapters.naming import ensure_named_alike
 from lorakit.adapters.reading import WEIGHTS
 from lorakit.adapters.source import Source, Stage
 from lorakit.adapters.trained import Trained
@@ -42,6 +43,8 @@ def save_adapter(adapter: Adapter, folder: Path, *, rename: Mapping[str, str] | 
         UnsupportedAdapter: there is more in it than can be written as LoRA.
         Conflict: `folder` exists, or a source was written again meanwhile.
     """
+    if adapter.reported is None and len(adapter.files()) > 1:
+        ensure_named_alike(adapter)
     if not adapter.deltas and not adapter.trained:
         raise UsageError(f"nothing is left of adapter '{adapter.name}' to write: no module")
     adapter = replace(replace(adapter, trained=Trained()).plain(work="written"), trained=adapter.trained)

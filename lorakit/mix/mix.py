@@ -76,7 +76,7 @@ def mix(
     weighted = [adapter.weighted(weight) for adapter, weight in zip(ready, weights, strict=True)]
     plain = [replace(adapter, trained=Trained()).plain(work="mixed") for adapter in ready]
     parts = [replace(adapter, trained=Trained()) for adapter in weighted]
-    total = reduce(Adapter.stacked_with, parts)
+    total = reduce(Adapter.plus, parts)
     by_method = chosen.name != "linear"
     changes = _merged(chosen, plain, weights, settings, device) if by_method else total.deltas
     result = reduced(changes, choice, keep=total.biases)

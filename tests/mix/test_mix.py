@@ -228,7 +228,7 @@ def test_modules_of_two_names_are_one_where_the_base_says_which(tmp_path: Path) 
     with pytest.raises(lorakit.errors.WrongBase, match=r"begin with 'model\.', those of .* with ''.*--base"):
         lorakit.mix([long, short])
     with pytest.raises(lorakit.errors.WrongBase, match="--base"):
-        lorakit.load_adapter(long) + lorakit.load_adapter(short)
+        (lorakit.load_adapter(long) + lorakit.load_adapter(short)).save(tmp_path / "sum")
     assert lorakit.mix([long, short], base=base).modules == ("model.layers.0.mlp.up_proj",)
     # the whole adapter is renamed, though one module alone is in both
     more = write_adapter(tmp_path / "more", factors({"layers.1.mlp.up_proj": (12, 8)}, seed=3))
