@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import inf, sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from lorakit.adapters.truncation import rank_for_energy
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Product = Callable[["torch.Tensor"], "torch.Tensor"]
+Triples: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"  # U, S, Vh
 
 SHORT = 384  # a side of which a full SVD takes no time to speak of
 OVERSAMPLE = 24
@@ -86,12 +87,14 @@ def randomised_svd(
     oversample: int = OVERSAMPLE,
     generator: torch.Generator | None = None,
     start: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    otherwise: Callable[[], Triples] | None = None,
+) -> Triples:
     """U (m, k), S (k), Vh (k, n) of M of `shape` in float64, k = min(rank, m, n), from its products alone.
 
     `times` gives M X for X (n, l), `transposed_times` Mᵀ Y for Y (m, l); both may be float32. `start` (n, j) is what
     is known of the row space already. With M's Frobenius `norm`, the iterations end when all others together would
-    gain less than the share `gain` of the square of the error. The draws come from `generator`, on the CPU always.
+    gain less than the share `gain` of the square of the error. Where the
+    last of them was not enough, `otherwise` gives the triples. The draws come from `generator`, on the CPU always.
     """
     import torch
 
@@ -113,6 +116,9 @@ def randomised_svd(
                 break
         basis = _orthonormal(times(q))
         q, r = torch.linalg.qr(transposed_times(basis).double())
+    else:
+        if otherwise is not None:
+            return otherwise()
     u, s, vh = torch.linalg.svd(r.T)
     return (basis.double() @ u)[:, :rank], s[:rank], (vh @ q.T)[:rank]
 
@@ -129,8 +135,7 @@ def truncated_svd(
     """The first `rank` triples of a dense matrix (m, n) in float32: exactly where a side is short, else randomised."""
     norm = frobenius_norm(matrix) if norm is None else norm
     if min(matrix.shape) <= max(SHORT, 2 * (rank + OVERSAMPLE)):
-        u, s, vh = _whole_svd(matrix)
-        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        u, s, vh = _first(_whole_svd(matrix), rank)
     else:
         u, s, vh = randomised_svd(
             lambda block: matrix @ block.to(matrix),
@@ -141,6 +146,8 @@ def truncated_svd(
             gain=gain,
             generator=generator,
             start=start,
+            # of a spectrum that is all but flat; what is content with less does not pay for it
+            otherwise=(lambda: _first(_whole_svd(matrix), rank)) if gain < GAIN else None,
         )
     return Truncated(u, s, vh, norm, _norm_of_the_rest(matrix, u, s, vh, norm))
 
@@ -189,7 +196,12 @@ def _orthonormal(block: torch.Tensor) -> torch.Tensor:
     return basis
 
 
-def _whole_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _first(triples: Triples, rank: int) -> Triples:
+    u, s, vh = triples
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def _whole_svd(matrix: torch.Tensor) -> Triples:
     import torch
 
     exact = matrix.double() if matrix.numel() <= FLOAT64_ELEMENTS else matrix

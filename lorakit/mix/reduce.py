@@ -1,7 +1,7 @@
 """Changes of modules as factors of a chosen rank, with what the choice lost, measured.
 
 What is of low rank is cut by QR and a small SVD: the optimum. What a method gives dense is cut by a randomised SVD,
-to about five digits of it. Nothing is computed until a module's factors are asked for, but for a budget, which has to
+to five digits of it. Nothing is computed until a module's factors are asked for, but for a budget, which has to
 know all singular values.
 """
 

@@ -135,3 +135,15 @@ def test_nothing_has_rank_0_and_no_error() -> None:
 def test_the_norm_is_summed_in_float64() -> None:
     matrix = torch.full((3000, 700), 0.1)
     assert frobenius_norm(matrix) == pytest.approx(float(matrix[0, 0]) * sqrt(3000 * 700), rel=1e-12)
+
+
+@pytest.mark.parametrize("spectrum", [1 - torch.arange(400) / 40000, 1 + 0.01 * (torch.arange(400) < 100)], ids=str)
+def test_where_iterations_do_not_get_there_the_whole_svd_does(spectrum: torch.Tensor) -> None:
+    draw = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(torch.randn(side, 400, generator=draw, dtype=torch.float64))[0] for side in (600, 500))
+    matrix = (u * spectrum @ v.T).float()
+    found = truncated_svd(matrix, 64, generator=torch.Generator().manual_seed(1), gain=1e-6)
+    least = float(torch.linalg.svdvals(matrix.double())[64:].norm())
+    error = float((matrix.double() - (found.U * found.S) @ found.Vh).norm())
+    assert error == pytest.approx(least, rel=1e-5)
+    assert found.rest == pytest.approx(error, rel=1e-5)
