@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.lorakit-installed
+TRAINERS := $(VENV)/.trainers-installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup setup-trainers demo test test-all lint format bench clean
 
 help:
 	@echo 'make demo    train, merge, mix and serve tiny adapters on real vLLM, and watch it happen'
@@ -29,13 +30,25 @@ $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt requirements/dev.txt p
 	@$(PIP) --no-build-isolation --editable .
 	@touch $(STAMP)
 
+# Trainers, and a bucket, that the tests run as programs of their own, where nothing else sees them.
+setup-trainers: $(TRAINERS)
+
+$(TRAINERS): requirements/trainers.txt requirements/deepspeed.txt requirements/services.txt | $(STAMP)
+	@echo 'Setting up the trainers that the tests run (400 MB, a minute) ...'
+	@rm -rf $(VENV)/trainers $(VENV)/deepspeed $(VENV)/services
+	@$(PIP) --target $(VENV)/trainers -r requirements/trainers.txt
+	@$(PIP) --target $(VENV)/services -r requirements/services.txt
+	@$(PIP) --no-build-isolation --target $(VENV)/deepspeed -r requirements/deepspeed.txt || \
+		{ rm -rf $(VENV)/deepspeed; echo 'DeepSpeed could not be built here: its tests will be skipped' >&2; }
+	@touch $(TRAINERS)
+
 demo: setup
 	@$(OFFLINE) $(PY) examples/demo.py
 
-test: setup
+test: setup setup-trainers
 	@$(OFFLINE) $(PY) -m pytest -m 'not slow'
 
-test-all: setup
+test-all: setup setup-trainers
 	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest
 
 lint: setup

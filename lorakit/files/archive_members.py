@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import unicodedata
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from lorakit.errors import InvalidFile, Refused, disk_errors_named
 from lorakit.files.archive_bytes import Limits
 from lorakit.files.folders import write_all
 
+_EARLIEST = 315532800  # 1980-01-01: what is older stands for no time
 _PART_BYTES = 255  # NAME_MAX of every common file system
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control and format characters, surrogates, line separators
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -54,8 +56,11 @@ class Members:
         with disk_errors_named(self._into):
             os.close(self._opened(parts))
 
-    def file(self, name: str, blocks: Iterable[bytes], size: int | None = None) -> int:
+    def file(self, name: str, blocks: Iterable[bytes], size: int | None = None, written: float | None = None) -> int:
         """Write a file and give back its bytes. `size` is what the archive says of it, None where it says so later.
+
+        `written`, in seconds since 1970, becomes its time where it can be true: which file came last tells whether a
+        writer was done.
 
         Raises:
             Refused: its name is not a plain one, or was there before; or the files grow larger than they may.
@@ -73,12 +78,15 @@ class Members:
             finally:
                 os.close(folder)
         try:
-            written = self._written(writer, name, blocks, size)
+            count = self._written(writer, name, blocks, size)
+            if written is not None and written >= _EARLIEST:
+                moment = int(min(written, time.time()) * 1e9)
+                os.utime(writer, ns=(moment, moment))
         finally:
             os.close(writer)
         self.files.append("/".join(parts))
-        self.bytes += written
-        return written
+        self.bytes += count
+        return count
 
     def _written(self, writer: int, name: str, blocks: Iterable[bytes], size: int | None) -> int:
         written = 0

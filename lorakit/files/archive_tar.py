@@ -6,6 +6,7 @@ its data filter, CVE-2025-8194 never ends), and it takes headers of any size int
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from lorakit.errors import InvalidFile, Refused
@@ -33,11 +34,12 @@ _REFUSED_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """One header record. `name` is raw, `size` what follows it in bytes."""
+    """One header record. `name` is raw, `size` what follows it in bytes, `written` in seconds since 1970."""
 
     kind: bytes
     name: bytes
     size: int
+    written: float | None
 
 
 @dataclass(slots=True)
@@ -100,7 +102,7 @@ def _extract_member(header: _Header, extensions: _Extensions, archive: Bytes, me
             raise InvalidFile(f"the archive's member {shown(name)} is a folder of {size} bytes: it is damaged")
         members.folder(name)
         return
-    members.file(name, archive.blocks(size, shown(name)), size)
+    members.file(name, archive.blocks(size, shown(name)), size, _written(header, extensions))
     archive.exactly(-size % RECORD, shown(name))
 
 
@@ -114,7 +116,11 @@ def _header(record: bytes) -> _Header:
         size = _number(record[124:136])
     except ValueError:
         raise InvalidFile(f"the archive's member {shown(name)} has no size that can be read: it is damaged") from None
-    return _Header(record[156:157], name, size)
+    try:
+        written = _number(record[136:148])
+    except ValueError:
+        written = None
+    return _Header(record[156:157], name, size, written)
 
 
 def _name(header: _Header, extensions: _Extensions) -> str:
@@ -138,6 +144,14 @@ def _size(header: _Header, extensions: _Extensions, name: str) -> int:
     if int(raw) != header.size and int(raw) <= _MAX_USTAR_SIZE:
         raise Refused(f"the archive's member {shown(name)} has two sizes, {header.size} and {int(raw)}: refused")
     return int(raw)
+
+
+def _written(header: _Header, extensions: _Extensions) -> float | None:
+    """The time of a member; where it can't be read, none."""
+    raw = extensions.pax.get(b"mtime")
+    if raw is None:
+        return header.written
+    return float(raw) if re.fullmatch(rb"\d{1,15}(\.\d{0,15})?", raw) else None
 
 
 def _extend(extensions: _Extensions, header: _Header, archive: Bytes) -> None:

@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from lorakit.errors import InvalidFile, Refused
 from lorakit.files.archive_bytes import BLOCK, RAW_DEFLATE, Bytes, Inflation
@@ -30,7 +31,7 @@ _NARROW_DESCRIPTOR, _WIDE_DESCRIPTOR = struct.Struct("<III"), struct.Struct("<IQ
 _STORED, _DEFLATED = 0, 8
 _HAS_DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11
 _KNOWN_FLAGS = _HAS_DESCRIPTOR | _UTF8 | 1 << 1 | 1 << 2  # the two last say how hard the compressor tried
-_ZIP64, _OTHER_NAME = 0x0001, 0x7075
+_ZIP64, _TIMESTAMP, _OTHER_NAME = 0x0001, 0x5455, 0x7075
 _FULL_32, _FULL_16 = 0xFFFFFFFF, 0xFFFF
 
 
@@ -84,7 +85,7 @@ def extract_zip(archive: Bytes, members: Members, inflation: Inflation) -> None:
 
 
 def _extract_entry(archive: Bytes, members: Members, inflation: Inflation) -> _Entry:
-    _, flags, method, _, _, crc, packed, size, name_length, extra_length = _taken(archive, _LOCAL_HEADER)
+    _, flags, method, clock, day, crc, packed, size, name_length, extra_length = _taken(archive, _LOCAL_HEADER)
     raw = archive.exactly(name_length, "a name")
     extra = _extra_fields(archive.exactly(extra_length, "a header"), raw)
     name = _name(raw, flags, extra)
@@ -107,7 +108,7 @@ def _extract_entry(archive: Bytes, members: Members, inflation: Inflation) -> _E
     else:
         content = _Checked(archive.blocks(packed, shown(name)))
     known = None if later and not size else size
-    written = _written(members, name, content, known)
+    written = _written(members, name, content, known, _time(clock, day, extra))
     found = _Entry(raw, flags, method, content.crc, archive.position - started, written)
     said = (crc, packed, written if known is None else known)
     if later:
@@ -119,13 +120,27 @@ def _extract_entry(archive: Bytes, members: Members, inflation: Inflation) -> _E
     return found
 
 
-def _written(members: Members, name: str, content: _Checked, size: int | None) -> int:
+def _written(members: Members, name: str, content: _Checked, size: int | None, moment: float | None) -> int:
     if not name.endswith("/"):
-        return members.file(name, content, size)
+        return members.file(name, content, size, moment)
     if size or any(content):
         raise InvalidFile(f"the archive's member {shown(name)} is a folder with bytes of its own: refused")
     members.folder(name)
     return 0
+
+
+def _time(clock: int, day: int, extra: dict[int, bytes]) -> float | None:
+    """In seconds since 1970: of the extended time stamp, else of the two words that know no time zone (as if UTC)."""
+    stamp = extra.get(_TIMESTAMP, b"")
+    if len(stamp) >= 5 and stamp[0] & 1:
+        return int.from_bytes(stamp[1:5], "little")
+    try:
+        said = datetime(
+            1980 + (day >> 9), day >> 5 & 15, day & 31, clock >> 11, clock >> 5 & 63, (clock & 31) * 2, tzinfo=UTC
+        )
+    except ValueError:
+        return None
+    return said.timestamp()
 
 
 def _descriptor(archive: Bytes, *, wide: bool) -> tuple[int, int, int]:

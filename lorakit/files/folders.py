@@ -54,7 +54,7 @@ def temporary_folder(
     """
     taken = _abandoned_folder(parent, prefix, take_up) if take_up else None
     clear_abandoned(parent, prefix)
-    folder, lock = taken or _locked_folder(parent, prefix, mode)
+    folder, lock = taken or locked_folder(parent, prefix, mode)
     keep = False
     try:
         yield folder
@@ -83,14 +83,15 @@ def _rename_for_good(folder: Path, target: Path) -> None:
 
 def _abandoned_folder(parent: Path, prefix: str, wanted: Callable[[Path], bool]) -> tuple[Path, int] | None:
     """A folder that nobody holds locked and that is wanted, locked now."""
-    for folder, lock in _abandoned(parent, prefix):
-        if folder.is_dir() and wanted(folder):
+    for folder, lock in abandoned_folders(parent, prefix):
+        mine = os.fstat(lock).st_uid == os.geteuid()  # in a folder of many, anybody can put one there
+        if mine and folder.is_dir() and wanted(folder):
             return folder, lock
         os.close(lock)
     return None
 
 
-def _abandoned(parent: Path, prefix: str) -> Iterator[tuple[Path, int]]:
+def abandoned_folders(parent: Path, prefix: str) -> Iterator[tuple[Path, int]]:
     """Folders that nobody holds locked, each with the lock that is held on it now: the caller closes it."""
     for folder in sorted(parent.glob(f"{_literal(prefix)}*")):
         try:
@@ -105,7 +106,8 @@ def _abandoned(parent: Path, prefix: str) -> Iterator[tuple[Path, int]]:
         yield folder, lock
 
 
-def _locked_folder(parent: Path, prefix: str, mode: int) -> tuple[Path, int]:
+def locked_folder(parent: Path, prefix: str, mode: int = 0o777) -> tuple[Path, int]:
+    """A new folder, and the lock that its maker holds on it until that is closed."""
     while True:  # until it is locked before anybody takes it for abandoned
         folder = parent / f"{prefix}{uuid.uuid4().hex[:12]}"
         folder.mkdir(mode)
@@ -144,7 +146,7 @@ def refuse_existing(target: Path) -> None:
 
 def clear_abandoned(parent: Path, prefix: str) -> None:
     """Remove the folders that killed writers left behind: those that nobody holds locked."""
-    for folder, lock in _abandoned(parent, prefix):
+    for folder, lock in abandoned_folders(parent, prefix):
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InvalidFile, LorakitError, NotFound, OutOfSpace, UsageError
+from lorakit.files.addresses import without_queries, without_secrets
 
-_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
+_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@(?!.*\.\.)[\w./-]+)?$")
 
 
 def looks_like_hub_id(reference: str) -> bool:
@@ -25,9 +27,10 @@ def hub_folder(reference: str, *, what: str, patterns: Sequence[str]) -> Path:
         NotFound: the name is no hub id, the hub has none of that name, or it can't be reached.
     """
     if not looks_like_hub_id(reference):
-        raise NotFound(f"there is no {what} folder '{reference}'")
+        raise NotFound(f"there is no {what} folder '{without_secrets(reference)}'")
     from huggingface_hub import snapshot_download
 
+    log_no_queries()
     name, _, revision = reference.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
@@ -43,7 +46,17 @@ def _reason(error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return "it can't be reached, and nothing of that name is in the cache"
     said = str(getattr(error, "server_message", None) or error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    return without_queries(said.splitlines()[0]) if said else type(error).__name__
+
+
+def log_no_queries() -> None:
+    """What huggingface_hub says of its tries may hold the signed addresses that the hub leads to."""
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_without_queries)  # once, however often
+
+
+def _without_queries(record: logging.LogRecord) -> bool:
+    record.msg, record.args = without_queries(record.getMessage()), ()
+    return True
 
 
 class NoSuchFile(NotFound):
@@ -55,6 +68,7 @@ class HubFiles:
 
     def __init__(self, reference: str) -> None:
         self.name = reference.partition("@")[0]
+        log_no_queries()
 
     @staticmethod
     def can_read_parts() -> bool:
@@ -122,10 +136,17 @@ def ensure_pushable(repository: str) -> None:
     """Raises UsageError when nothing could be pushed there: before the work that is to be pushed."""
     from huggingface_hub import get_token
 
-    if "@" in repository or not looks_like_hub_id(repository):
-        raise UsageError(f"'{repository}' is no name of a repository on the hub: write it as owner/name")
+    ensure_repository_name(repository)
     if get_token() is None:
         raise UsageError(f"nobody is logged in who could push to '{repository}': run `hf auth login`, or set HF_TOKEN")
+
+
+def ensure_repository_name(repository: str) -> None:
+    """Raises UsageError when a repository can't be called so."""
+    if "@" in repository or not looks_like_hub_id(repository):
+        raise UsageError(
+            f"'{without_secrets(repository)}' is no name of a repository on the hub: write it as owner/name"
+        )
 
 
 def push_folder(folder: Path, repository: str, *, private: bool, message: str, leave: Sequence[str] = ()) -> str:

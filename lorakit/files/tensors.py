@@ -11,10 +11,11 @@ from lorakit.files.safetensors import StoredTensor
 if TYPE_CHECKING:
     import torch
 
-_TORCH_NAMES = {
+TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
     "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
 }  # fmt: skip
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -24,7 +25,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype."""
     import torch
 
-    name = _TORCH_NAMES.get(dtype)
+    name = TORCH_NAMES.get(dtype)
     if name is None:
         raise InvalidFile(f"torch has no dtype for {dtype}")
     found: torch.dtype = getattr(torch, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +69,9 @@ def test_a_full_cache_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
     with pytest.raises(OutOfSpace, match="set HF_HUB_CACHE"):
         HubFiles("org/model").download("file", COMMIT)
+
+
+def test_what_the_hub_s_library_logs_has_no_signatures(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    HubFiles("org/model")
+    logging.getLogger("huggingface_hub.utils._http").warning("thrown while requesting %s", "https://c/x?sig=5ec4e7")
+    assert caplog.messages == ["thrown while requesting https://c/x?…"]

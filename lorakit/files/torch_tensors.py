@@ -1,0 +1,139 @@
+"""Tensors of torch files as byte ranges: read when they are asked for, whole or as a slice of their elements."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.errors import InvalidFile
+from lorakit.files.safetensors import DTYPE_BITS, StoredTensor
+from lorakit.files.tensors import TORCH_NAMES, load_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+# safetensors' names by torch's; what else torch has (quantised, complex128) has none.
+DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+MAX_ELEMENTS = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class TorchStorage:
+    """Bytes that one or more tensors view: `start` to `end` of `file`, little endian, elements of `dtype`."""
+
+    file: Path
+    key: str
+    dtype: str
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTorchTensor:
+    """A view of a storage; `stride` and `offset` in elements, `dtype` as safetensors names it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage: TorchStorage
+    offset: int
+
+    @property
+    def file(self) -> Path:
+        return self.storage.file
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def nbytes(self) -> int:
+        """Of its elements, not of its storage."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements stand one behind the other, in the order of their indices."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The bytes of the file from its first element to its last one."""
+        start = self.storage.start + self.offset * self.itemsize
+        return start, start + _reach(self.shape, self.stride) * self.itemsize
+
+
+def checked_tensor(
+    dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], storage: TorchStorage, offset: int
+) -> StoredTorchTensor:
+    """Raises ValueError when the view reaches beyond its storage, or has more elements than torch can count."""
+    numbers = (*shape, *stride, offset)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+        raise ValueError("shape, stride and offset are no whole numbers")
+    if len(shape) != len(stride) or len(shape) > 64:
+        raise ValueError(f"{len(shape)} dimensions, and {len(stride)} strides")
+    if not is_countable(shape):
+        raise ValueError(f"no tensor has the shape {list(shape)}")
+    tensor = StoredTorchTensor(dtype, shape, stride, storage, offset)
+    if tensor.span[1] > storage.end and 0 not in shape:
+        raise ValueError(f"the tensor {list(shape)} reaches beyond its storage")
+    return tensor
+
+
+def is_countable(shape: tuple[int, ...]) -> bool:
+    """Whether torch makes tensors of that shape at all, were there the memory; empty ones among them."""
+    return math.prod(size for size in shape if size) < MAX_ELEMENTS
+
+
+def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last one, both counted."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def as_stored(name: str, tensor: StoredTorchTensor) -> StoredTensor | None:
+    """The same as safetensors' readers take it; None when its elements don't stand one behind the other."""
+    if not tensor.is_contiguous:
+        return None
+    start = tensor.span[0] if tensor.nbytes else tensor.storage.start
+    return StoredTensor(name, tensor.file, tensor.dtype, tensor.shape, start, start + tensor.nbytes)
+
+
+def load_torch_tensor(name: str, tensor: StoredTorchTensor) -> torch.Tensor:
+    """Read the bytes between its first and its last element, and no others. What isn't contiguous comes as a view.
+
+    Raises:
+        NotFound, InvalidFile: the file is gone, or became shorter; or torch has no such dtype.
+    """
+    import torch
+
+    stored = as_stored(name, tensor)
+    if stored is not None:
+        return load_tensor(stored)
+    start, end = tensor.span
+    spanned = StoredTensor(name, tensor.file, tensor.dtype, ((end - start) // tensor.itemsize,), start, end)
+    return torch.as_strided(load_tensor(spanned), tensor.shape, tensor.stride)
+
+
+def rows_of(tensor: StoredTorchTensor, start: int, stop: int) -> StoredTorchTensor:
+    """`tensor[start:stop]`, by arithmetic alone.
+
+    Raises:
+        InvalidFile: it has no such rows.
+    """
+    if not tensor.shape or not 0 <= start <= stop <= tensor.shape[0]:
+        raise InvalidFile(f"'{tensor.file}': a tensor of shape {list(tensor.shape)} has no rows {start} to {stop}")
+    shape = (stop - start, *tensor.shape[1:])
+    return replace(tensor, shape=shape, offset=tensor.offset + start * tensor.stride[0])
