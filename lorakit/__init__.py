@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lorakit.mix.compare import compare as compare
     from lorakit.mix.diff import DiffReport as DiffReport
     from lorakit.mix.diff import diff as diff
+    from lorakit.mix.diff_tensors import TensorsReport as TensorsReport
+    from lorakit.mix.diff_tensors import diff_tensors as diff_tensors
     from lorakit.mix.extraction.extract import extract as extract
     from lorakit.mix.extraction.report import ExtractReport as ExtractReport
     from lorakit.mix.mix import mix as mix
@@ -57,6 +59,8 @@ _HOME = {
     "compare": "lorakit.mix.compare",
     "DiffReport": "lorakit.mix.diff",
     "diff": "lorakit.mix.diff",
+    "TensorsReport": "lorakit.mix.diff_tensors",
+    "diff_tensors": "lorakit.mix.diff_tensors",
 }
 
 __all__ = ["__version__", *_HOME]

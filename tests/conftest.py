@@ -21,4 +21,4 @@ settings.register_profile("same", derandomize=True, **CALM)
 settings.register_profile("search", max_examples=1000, **CALM)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-pytest_plugins = ["tests.world"]
+pytest_plugins = ["tests.world", "tests.trainers.written"]

@@ -12,8 +12,8 @@ import lorakit
 
 PROMISED = [
     "Adapter", "CompareReport", "Delta", "DiffReport", "ExtractReport", "LorakitError", "MergeReport", "MixReport",
-    "SearchReport", "UnmergeReport", "VerifyReport", "compare", "diff", "extract", "load_adapter", "merge", "mix",
-    "search", "shrink", "unmerge", "verify",
+    "SearchReport", "TensorsReport", "UnmergeReport", "VerifyReport", "compare", "diff", "diff_tensors", "extract",
+    "load_adapter", "merge", "mix", "search", "shrink", "unmerge", "verify",
 ]  # fmt: skip
 
 

@@ -1,133 +1,207 @@
-"""Is a folder a checkpoint, of which kind, and is it finished?
+"""Is a folder or file a checkpoint, of which kind, and is it finished? One rule for every writer, on any file system.
 
 Finished at one look: the file that its writer writes last is there, parses, and is no older than what it covers.
-Else a folder that is whole in itself has to stay as it is for a while (`QUIET` seconds) before it counts.
+Else what is whole in itself has to stay as it is for a while (`QUIET` seconds) before it counts.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lorakit.adapters.config import read_config
-from lorakit.adapters.reading import UNFINISHED, WEIGHTS
+from lorakit.adapters.reading import UNFINISHED
+from lorakit.checkpoints.places import LocalPlace, Place, RemotePlace, entry_of
 from lorakit.checkpoints.trainer_state import FILE as TRAINER_STATE
-from lorakit.errors import InvalidFile, NotFound
-from lorakit.files.folders import read_json
-from lorakit.files.safetensors import read_header
+from lorakit.checkpoints.whole import read_object, what_is_cut_short
+from lorakit.checkpoints.writers import written_by
+from lorakit.checkpoints.writers.layout import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CHECKPOINT,
+    PICKLED,
+    Kind,
+    LastWord,
+    Layout,
+    Writer,
+    WriterName,
+)
+from lorakit.errors import InvalidFile
+from lorakit.files.provenance import FILE as PROVENANCE
+
+__all__ = [
+    "CHECKPOINT", "MARKERS", "NO_PERMISSION", "PICKLED", "QUIET", "STALLED", "Look", "is_adapter", "look_at",
+    "look_at_url",
+]  # fmt: skip
 
 QUIET = 2.0  # seconds
+STALLED = 3600.0  # seconds without a change after which an unfinished one is taken for given up
 
 State = Literal["finished", "whole", "incomplete", "refused"]
-CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
-MARKERS = (TRAINER_STATE, "STABLE", ".done", "commit_success.txt")
-PICKLED = ("adapter_model.bin", "adapter_model.pt")
-_REGULAR = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin", ".metadata", "latest", "lit_model.pth",
-)  # fmt: skip
-_COMPANIONS = re.compile(r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.jinja)")
+ANYBODYS = ("STABLE", ".done", "commit_success.txt")  # last files that say nothing but that
+MARKERS = (TRAINER_STATE, *ANYBODYS)
+_TEMPORARY = r"\.tmp.*|.*\.(tmp|partial|part|incomplete)"
+_TEMPORARY_FILE = re.compile(_TEMPORARY)
+_TEMPORARY_FOLDER = re.compile(rf"{_TEMPORARY}|tmp-checkpoint-.*|.*\.orbax-checkpoint-tmp.*")
+NO_PERMISSION = (
+    "permission denied (safetensors 0.8 and later write files with mode 0600, for their own user alone: "
+    "run both as one user, or chmod the file)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What one look at a folder showed. `signature` changes whenever a file that counts is written again."""
+    """What one look at a folder or file showed. `finished` needs no other; `whole` counts after quiet time; `refused`
+    is never opened here. `signature` changes whenever a file that counts is written again; `vouched_by` is the file
+    that says the writing is done."""
 
-    folder: Path
+    path: Path
     state: State
     reason: str
+    kind: Kind | None = None
+    writer: WriterName | None = None
     signature: str = ""
     weights_signature: str = ""
+    vouched_by: str | None = None
 
 
-def look_at(folder: Path) -> Look:
-    """Judge one folder by what is there now. Never waits; a folder that goes away meanwhile is incomplete."""
+def look_at(path: Path) -> Look:
+    """Judge a folder or file by what is there now. Never waits; what goes away meanwhile is incomplete."""
+    return _looked_at(LocalPlace(path), path)
+
+
+def examine(path: Path) -> tuple[Look, Layout | None]:
+    """As `look_at`, and what was found there."""
+    place = LocalPlace(path)
+    look = _looked_at(place, path)
     try:
-        return _look_at(folder)
-    except (OSError, NotFound) as error:
-        return Look(folder, "incomplete", f"a file went away or can't be read yet: {error}")
+        found = written_by(place)
+    except OSError:
+        found = None
+    return look, found[1] if found else None
 
 
-def _look_at(folder: Path) -> Look:
-    files = {path.name: path for path in folder.iterdir()}
-    if UNFINISHED in files:
-        return Look(folder, "incomplete", f"the trainer is still writing it: {UNFINISHED} is there")
-    if "adapter_config.json" not in files and WEIGHTS not in files:
-        return _no_adapter(folder, files)
-    missing = next((name for name in (WEIGHTS, "adapter_config.json") if name not in files), None)
-    if missing == WEIGHTS and (pickle := next((name for name in PICKLED if name in files), None)):
-        return Look(
-            folder,
-            "refused",
-            f"{pickle} is a pickle, and none is opened here: save the adapter as safetensors (save_safetensors=True)",
-            _signature(files, [pickle, "adapter_config.json"]),
-        )
-    if missing:
-        return Look(folder, "incomplete", f"{missing} is not there yet")
+def look_at_url(url: str, **options: Any) -> Look:
+    """The same of `s3://…`, `gs://…` or whatever fsspec knows; `options` are that file system's.
+
+    Raises:
+        ImportError: there is no support for such addresses here.
+    """
+    return _looked_at(RemotePlace.of(url, **options), Path(url))
+
+
+def _looked_at(place: Place, path: Path) -> Look:
     try:
-        read_config(folder)
-        read_header(files[WEIGHTS])
-    except InvalidFile as error:
-        return Look(folder, "incomplete", str(error), *_signatures(files))
-    return _with_marker(folder, files)
+        return _judged(place, path)
+    except PermissionError as error:
+        name = Path(error.filename).name if error.filename else path.name
+        return Look(path, "incomplete", f"{name} can't be read: {NO_PERMISSION}")
+    except OSError as error:
+        return Look(path, "incomplete", f"a file went away or can't be read yet: {error}")
 
 
-def _no_adapter(folder: Path, files: dict[str, Path]) -> Look:
-    model = next((name for name in _REGULAR if name in files), None)
-    if model is None:
-        return Look(folder, "incomplete", "no adapter files are there yet")
+def _judged(place: Place, path: Path) -> Look:
+    everything = _signature(place, place.entries) or "empty"
+    if _TEMPORARY_FOLDER.fullmatch(place.name):
+        return Look(path, "incomplete", f"its name, {place.name}, says that it is being written", signature=everything)
+    if UNFINISHED in place.entries:
+        reason = f"the trainer is still writing it: {UNFINISHED} is there"
+        return Look(path, "incomplete", reason, signature=everything)
+    found = written_by(place)
+    if found is None:
+        return Look(path, "incomplete", "no file of a checkpoint is there yet", signature=everything)
+    writer, layout = found
+    words = list(_words(place, writer, layout))
+    state, reason, vouched_by = _state(place, layout, words)
+    if layout.refusal:
+        state, reason = "refused", layout.refusal
+    if state == "incomplete":
+        everything = _signature(place, (*place.entries, *layout.files))
+        return Look(path, state, reason, layout.kind, layout.writer, everything)
+    counted = (*layout.files, *(word.file for word in words))
     return Look(
-        folder,
-        "refused",
-        f"it is a regular checkpoint (it holds {model}), and adapters alone are served beside a base: "
-        f"lorakit extract '{folder}' --base BASE --out DIR makes an adapter of it, "
-        f"lorakit convert '{folder}' --out DIR a model of its own",
-        _signature(files, [model]),
-    )
+        path, state, reason, layout.kind, layout.writer,
+        _signature(place, counted), _signature(place, layout.weights), vouched_by,
+    )  # fmt: skip
 
 
-def _with_marker(folder: Path, files: dict[str, Path]) -> Look:
-    signatures = _signatures(files)
-    marker = next((name for name in MARKERS if name in files), None)
-    if marker is None:
-        return Look(folder, "whole", "nothing says yet that its writer is done", *signatures)
-    written = files[marker].stat().st_mtime_ns
-    if marker == TRAINER_STATE:
-        try:
-            step = read_json(files[marker]).get("global_step")
-        except InvalidFile:
-            return Look(folder, "incomplete", f"{TRAINER_STATE} is only partly there", *signatures)
-        named = CHECKPOINT.fullmatch(folder.name)
-        if named and step != int(named[1]):
-            return Look(folder, "whole", f"{TRAINER_STATE} is of step {step}", *signatures)
-    newer = [name for name in _covered(files) if files[name].stat().st_mtime_ns > written]
-    if newer:
-        return Look(folder, "whole", f"{newer[0]} is newer than {marker}, its writer's last file", *signatures)
-    return Look(folder, "finished", f"{marker} is there, its writer's last file", *signatures)
+def _state(place: Place, layout: Layout, words: list[LastWord]) -> tuple[State, str, str | None]:
+    """State, reason, and the file that vouches for it."""
+    if problem := _what_is_missing(place, layout):
+        return "incomplete", problem, None
+    newest = _newest(place, layout.covered)
+    against = [_against(word, newest) for word in words]
+    vouching = [word for word, complaint in zip(words, against, strict=True) if complaint is None]
+    if writing := _being_written(place, max((word.written for word in vouching), default=newest[0])):
+        return "incomplete", f"{writing} is being written", None
+    if vouching:
+        return "finished", f"{vouching[0].file} is there, its writer's last file", vouching[0].file
+    if partly := next((word.against for word in words if word.partly), None):
+        return "incomplete", partly, None
+    return "whole", next(filter(None, against), "nothing says yet that its writer is done"), None
 
 
-def _covered(files: dict[str, Path]) -> list[str]:
-    """The files that an adapter consists of, and that a marker vouches for."""
-    return [name for name in files if name in (WEIGHTS, "adapter_config.json") or _COMPANIONS.fullmatch(name)]
+def _what_is_missing(place: Place, layout: Layout) -> str | None:
+    if layout.missing:
+        return f"{layout.missing[0]} is not there yet"
+    problems = (what_is_cut_short(place, name) for name in layout.files)
+    if problem := next(filter(None, problems), None):
+        return problem
+    if layout.kind is None and layout.writer not in ("torch", "lightning"):
+        return "neither an adapter nor a model is there yet"
+    return None
 
 
-def _signatures(files: dict[str, Path]) -> tuple[str, str]:
-    weights = [name for name in (WEIGHTS, "adapter_config.json") if name in files]
-    markers = [name for name in MARKERS if name in files]
-    return _signature(files, _covered(files) + markers), _signature(files, weights)
+def _words(place: Place, writer: Writer, layout: Layout) -> Iterable[LastWord]:
+    """Whatever there says that the writing is done, its writer's own word first."""
+    own = writer.last_word(place, layout)
+    if own is not None:
+        yield own
+    for name in ANYBODYS:
+        if name in place.entries:
+            yield LastWord(name, place.entries[name].written)
+    if PROVENANCE in place.entries:
+        yield _provenance(place, layout)
 
 
-def _signature(files: dict[str, Path], names: list[str]) -> str:
+def _provenance(place: Place, layout: Layout) -> LastWord:
+    """lorakit's own folders appear whole; a copy of one need not have its times in order."""
+    written = place.entries[PROVENANCE].written
+    try:
+        read_object(place, PROVENANCE)
+    except InvalidFile:
+        return LastWord(PROVENANCE, written, f"{PROVENANCE} is only partly there")
+    return LastWord(PROVENANCE, written, timeless=layout.writer == "lorakit")
+
+
+def _against(word: LastWord, newest: tuple[int, str]) -> str | None:
+    if word.against or word.timeless or newest[0] <= word.written:
+        return word.against
+    return f"{newest[1]} is newer than {word.file}, its writer's last file"
+
+
+def _newest(place: Place, names: Iterable[str]) -> tuple[int, str]:
+    """When the newest of these files was written, and which it is."""
+    entries = ((entry_of(place, name), name) for name in names)
+    return max(((entry.written, name) for entry, name in entries if entry is not None), default=(0, ""))
+
+
+def _being_written(place: Place, since: int) -> str | None:
+    """A temporary file that nobody has finished since: what a killed writer left is older than what came after it."""
+    for name, entry in place.entries.items():
+        if _TEMPORARY_FILE.fullmatch(name) and not entry.is_folder and entry.written > since:
+            return name
+    return None
+
+
+def _signature(place: Place, names: Iterable[str]) -> str:
     """Sizes, times and inodes: cheap, and different after any rewrite."""
-    parts = []
-    for name in sorted(name for name in names if name in files):
-        status = files[name].stat()
-        parts.append(f"{name}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}")
-    return ";".join(parts)
+    stamps = ((name, entry_of(place, name)) for name in sorted(set(names)))
+    return ";".join(f"{name}:{entry.stamp}" for name, entry in stamps if entry is not None)
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, finished or not."""
-    return (folder / "adapter_config.json").exists() or (folder / WEIGHTS).exists()
+    return (folder / ADAPTER_CONFIG).exists() or (folder / ADAPTER).exists()

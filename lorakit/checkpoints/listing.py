@@ -57,7 +57,9 @@ def parse_filter(text: str) -> Filter:
         return Filter(field, compare, said)
     amount = _AMOUNT.fullmatch(said)
     if amount is None or (amount[2] and field != "size"):
-        raise UsageError(f"'{text}': {field} is a number, and '{said}' is none")
+        near = [] if field in FIELDS else get_close_matches(field, FIELDS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UsageError(f"'{text}': {field} is a number, and '{said}' is none{hint}")
     return Filter(field, compare, float(amount[1]) * _UNITS[amount[2] or "B"])
 
 

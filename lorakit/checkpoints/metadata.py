@@ -6,35 +6,32 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.adapters.config import AdapterConfig, canonical, read_config
-from lorakit.adapters.reading import UNFINISHED, WEIGHTS
-from lorakit.checkpoints.finished import CHECKPOINT, MARKERS, PICKLED, is_adapter, look_at
-from lorakit.checkpoints.runs import Candidate, candidates_of
-from lorakit.checkpoints.trainer_state import FILE as TRAINER_STATE
-from lorakit.checkpoints.trainer_state import read_facts
+from lorakit.adapters.reading import WEIGHTS
+from lorakit.checkpoints.facts import facts_at, rank_in
+from lorakit.checkpoints.finished import NO_PERMISSION, STALLED, Look, examine, look_at
+from lorakit.checkpoints.retention import in_words
+from lorakit.checkpoints.runs import Candidate
+from lorakit.checkpoints.runs import checkpoints_in as checkpoints_in
+from lorakit.checkpoints.runs import checkpoints_of as checkpoints_of
+from lorakit.checkpoints.writers.layout import Kind, Layout
 from lorakit.errors import InvalidFile, NotFound
 from lorakit.files.digests import file_digest
 from lorakit.files.folders import read_json
-from lorakit.files.provenance import FILE as PROVENANCE
-from lorakit.files.safetensors import read_header
 from lorakit.store.catalog import Run
 from lorakit.store.store import Store, bases_in, open_store
 
 CONFIG = "adapter_config.json"
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# What a whole model is in, by its writer; of several the first counts.
-MODELS = (
-    INDEXES[0], "model.safetensors", INDEXES[1], "pytorch_model.bin", "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin",
-    ".metadata", "latest", "lit_model.pth",
-)  # fmt: skip
 
-State = Literal["finished", "incomplete", "refused"]
+State = Literal["finished", "incomplete", "stalled", "refused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +40,7 @@ class Metadata:
 
     `train_loss` is the newest one logged up to its step. `eval_loss` is of `eval_step`, which may be an earlier step
     than its own; `metrics` are of its own. `size` is in bytes, `created` the time of its weights in seconds since 1970.
+    `stalled` is what is incomplete, and was not written to for `STALLED` seconds.
     """
 
     id: str
@@ -54,7 +52,7 @@ class Metadata:
     eval_loss: float | None = None
     eval_step: int | None = None
     metrics: Mapping[str, float] | None = None
-    kind: Literal["adapter", "regular"] | None = None
+    kind: Kind | None = None
     base: str | None = None
     rank: int | None = None
     size: int | None = None
@@ -92,31 +90,6 @@ class Stored:
     aliases: tuple[str, ...]
 
 
-def checkpoints_in(folder: Path) -> list[Candidate]:
-    """What a person means by a folder: the checkpoints of a run or of a folder of runs, or the folder itself.
-
-    Raises:
-        NotFound: it is not there.
-    """
-    if not folder.is_dir():
-        raise NotFound(f"there is no folder '{folder}'")
-    return _named(folder) or [found for child in _folders(folder) for found in _of_child(child)]
-
-
-def checkpoints_of(run: Path) -> list[Candidate]:
-    """The checkpoints of one run, or the one that was named, the newest last.
-
-    Raises:
-        NotFound: it is not there, or holds none of its own; names the runs in it.
-    """
-    found = _named(run) if run.is_dir() else []
-    if found:
-        return found
-    if others := sorted({candidate.run for candidate in checkpoints_in(run)}):
-        raise NotFound(f"'{run}' is no run but holds some: name one of {', '.join(others)}")
-    raise NotFound(f"there is no checkpoint in '{run}'")
-
-
 def newest_finished(run: Path) -> Candidate:
     """The finished checkpoint of the largest step; the run's own root is newer than all.
 
@@ -125,42 +98,12 @@ def newest_finished(run: Path) -> Candidate:
     """
     found = checkpoints_of(run)
     for candidate in reversed(found):
-        if look_into(candidate)[0].state == "finished":
+        if look_at(candidate.folder).state == "finished":
             return candidate
     newest, _ = look_into(found[-1])
     raise NotFound(
         f"none of the {len(found)} checkpoints in '{run}' is finished: the newest is {newest.state}: {newest.reason}"
     )
-
-
-def _named(folder: Path) -> list[Candidate]:
-    absolute = Path(os.path.abspath(folder))
-    if CHECKPOINT.fullmatch(absolute.name):
-        return candidates_of(folder if folder.name else absolute, absolute.parent.name)
-    return _of_one(folder, absolute.name)
-
-
-def _of_one(folder: Path, run: str) -> list[Candidate]:
-    found = [candidate for candidate in candidates_of(folder, run) if candidate.kind == "step" or is_adapter(folder)]
-    if not is_adapter(folder) and holds_model(folder):
-        found.append(Candidate(folder, run, "final" if found else "plain"))
-    return found
-
-
-def _of_child(folder: Path) -> list[Candidate]:
-    try:
-        return _of_one(folder, folder.name)
-    except OSError:  # it went away, or belongs to someone else
-        return []
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
-
-
-def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a whole model, finished or not."""
-    return any((folder / name).exists() for name in MODELS)
 
 
 def metadata_of(
@@ -178,21 +121,21 @@ def look_into(candidate: Candidate) -> tuple[Metadata, str]:
     try:
         return _look_into(candidate)
     except OSError as error:  # it went away meanwhile, or belongs to someone else
-        reason = f"it can't be read: {error}"
+        reason = f"it can't be read: {NO_PERMISSION if isinstance(error, PermissionError) else error}"
         path = os.path.abspath(candidate.folder)
         return Metadata(_name(candidate), path, candidate.run, candidate.step, reason=reason), ""
 
 
 def _look_into(candidate: Candidate) -> tuple[Metadata, str]:
-    folder = candidate.folder
-    facts = read_facts(folder, candidate.step)
-    state, reason, signature = _judged(folder)
-    adapter = is_adapter(folder)
-    model = None if adapter else next((name for name in MODELS if (folder / name).exists()), None)
-    config = _config(folder) if adapter else None
+    path = candidate.folder
+    look, layout = examine(path)
+    state, reason = _judged(look)
+    is_file = path.is_file()
+    facts = facts_at(path, candidate.step, layout)
+    config = _config(path) if look.kind == "adapter" and not is_file else None
     row = Metadata(
         id=_name(candidate),
-        path=os.path.abspath(folder),
+        path=os.path.abspath(path),
         run=candidate.run,
         step=facts.step,
         epoch=facts.epoch,
@@ -200,22 +143,24 @@ def _look_into(candidate: Candidate) -> tuple[Metadata, str]:
         eval_loss=facts.eval_loss,
         eval_step=facts.eval_step,
         metrics=facts.metrics,
-        kind="adapter" if adapter else "regular" if model else None,
-        base=config.base if config else _models_base(folder) if model else None,
-        rank=_rank(config) if config else None,
-        size=_size(folder, whole=candidate.kind == "step"),
-        created=_written(folder, (WEIGHTS, *PICKLED) if adapter else (model,) if model else ()),
+        kind=look.kind,
+        base=config.base if config else _models_base(path) if look.kind == "regular" and not is_file else None,
+        rank=_rank(config) if config else rank_in(path, layout) if look.kind == "adapter" else None,
+        size=path.stat().st_size if is_file else _size(path, whole=candidate.kind == "step"),
+        created=_written(path, layout),
         state=state,
         reason=reason,
     )
-    return row, signature
+    return row, look.signature
 
 
 def _name(candidate: Candidate) -> str:
     """As a revision's name, without a digest."""
     if candidate.kind == "plain":
         return candidate.run
-    return f"{candidate.run}@step-{candidate.step}" if candidate.kind == "step" else f"{candidate.run}@final"
+    if candidate.kind == "final":
+        return f"{candidate.run}@final"
+    return f"{candidate.run}@{candidate.name or f'step-{candidate.step}'}"
 
 
 def is_stored(row: Metadata, signature: str, stored: Mapping[str, Stored]) -> bool:
@@ -232,65 +177,40 @@ def as_stored(row: Metadata, signature: str, stored: Mapping[str, Stored]) -> Me
 
 
 def with_content_digest(row: Metadata) -> Metadata:
-    """With its digest, if it is a finished adapter: that of a whole model would take longer than anybody waits."""
+    """With its digest, if it is a finished adapter of PEFT's: that of a whole model would take longer than anybody
+    waits."""
     if row.digest is not None or row.kind != "adapter" or row.state != "finished":
+        return row
+    if not all((Path(row.path) / name).is_file() for name in (CONFIG, WEIGHTS)):
         return row
     return replace(row, digest=content_digest(Path(row.path)))
 
 
-def _judged(folder: Path) -> tuple[State, str | None, str]:
-    """State, reason and signature. What only quiet time could call finished is incomplete, as one look can't."""
-    look = look_at(folder)
-    if not is_adapter(folder) and holds_model(folder):
-        try:
-            reason = _why_unfinished(folder)
-        except (OSError, InvalidFile, NotFound) as error:
-            reason = str(error)
-        return ("incomplete", reason, "") if reason else ("finished", None, "")
-    if look.state == "finished" or (look.state == "whole" and (folder / PROVENANCE).is_file()):
-        return "finished", None, look.signature  # lorakit's own folders appear whole or not at all
-    return "refused" if look.state == "refused" else "incomplete", look.reason, look.signature
+def _judged(look: Look) -> tuple[State, str | None]:
+    """What only quiet time could call finished is incomplete, as one look can't."""
+    if look.state == "finished":
+        return "finished", None
+    if look.state == "refused":
+        return "refused", look.reason
+    if look.state == "incomplete" and look.signature:  # it was read, so it is no matter of permissions
+        now = time.time()
+        quiet = now - last_change(look.path, now)
+        if quiet >= STALLED:
+            return "stalled", f"{look.reason}; nothing was written for {in_words(quiet)}"
+    return "incomplete", look.reason
 
 
-def _why_unfinished(folder: Path) -> str | None:
-    """What a whole model lacks to be finished; None when it is.
-
-    Raises:
-        InvalidFile: a file is cut short.
-    """
-    if (folder / UNFINISHED).exists():
-        return f"the trainer is still writing it: {UNFINISHED} is there"
-    covered = list(_weights(folder))
-    for file in covered:
-        if not file.exists():
-            return f"{file.name} is not there yet"
-        if file.suffix == ".safetensors":
-            read_header(file)
-    if (folder / ".metadata").exists() or (folder / PROVENANCE).is_file():
-        return None  # torch.distributed.checkpoint renames it there last; lorakit's own folders appear whole
-    marker = next((folder / name for name in MARKERS if (folder / name).exists()), None)
-    if marker is None:
-        return "nothing says yet that its writer is done"
-    if marker.name == TRAINER_STATE:
-        step, named = read_json(marker).get("global_step"), CHECKPOINT.fullmatch(folder.name)
-        if named and step != int(named[1]):
-            return f"{TRAINER_STATE} is of step {step}"
-    written = marker.stat().st_mtime_ns
-    newer = next((file.name for file in covered if file.stat().st_mtime_ns > written), None)
-    return f"{newer} is newer than {marker.name}, its writer's last file" if newer else None
-
-
-def _weights(folder: Path) -> Iterator[Path]:
-    """The files that a whole model consists of, there or not."""
-    model = next(folder / name for name in MODELS if (folder / name).exists())
-    if model.name in INDEXES:
-        shards = read_json(model).get("weight_map")
-        if not (isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())):
-            raise InvalidFile(f"'{model}' has no weight_map")
-        yield from (folder / name for name in sorted(set(shards.values())))
-    yield model / ".metadata" if model.is_dir() else model
-    if model.name.startswith(("model.", "pytorch_model.")):
-        yield folder / "config.json"
+def last_change(path: Path, now: float) -> float:
+    """When a file, or anything in a folder, changed last, in seconds since 1970: a copy that keeps its source's times
+    changed when it was made, and a time to come is none. Raises OSError."""
+    status = path.lstat()
+    newest = max(moment for moment in (0.0, status.st_mtime, status.st_ctime) if moment <= now)
+    if stat.S_ISDIR(status.st_mode):
+        with os.scandir(path) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    newest = max(newest, last_change(Path(entry.path), now))
+    return newest
 
 
 def _config(folder: Path) -> AdapterConfig | None:
@@ -330,10 +250,11 @@ def _size(folder: Path, *, whole: bool) -> int | None:
     return total
 
 
-def _written(folder: Path, names: Iterable[str]) -> float | None:
-    for name in names:
+def _written(path: Path, layout: Layout | None) -> float | None:
+    """Of its weights."""
+    for name in layout.weights if layout else ():
         with suppress(OSError):
-            return (folder / name).stat().st_mtime
+            return (path if path.is_file() else path / name).stat().st_mtime
     return None
 
 
@@ -356,11 +277,7 @@ def stored_by_path(home: Path) -> dict[str, Stored]:
 
 
 def _of_run(store: Store, run: Run) -> dict[str, Stored]:
-    named = {name: run.select(name or None) for name in ("", "latest", "best", "final", *sorted(run.aliases))}
-    aliases: dict[int, list[str]] = {}
-    for name, target in named.items():
-        if target is not None:
-            aliases.setdefault(target.id, []).append(name or run.name)
+    aliases = aliases_of(run)
     found = {}
     for finish in run.finishes:
         revision = run.revisions[finish.revision]
@@ -370,6 +287,16 @@ def _of_run(store: Store, run: Run) -> dict[str, Stored]:
                 revision.name,
                 revision.digest,
                 source.signature,
-                tuple(aliases.get(revision.id, ())),
+                aliases.get(revision.id, ()),
             )
+    return found
+
+
+def aliases_of(run: Run) -> dict[int, tuple[str, ...]]:
+    """What points at each revision now, by its number; the default alias is the run's own name."""
+    found: dict[int, tuple[str, ...]] = {}
+    for alias in dict.fromkeys(("", "latest", "best", "final", *sorted(run.aliases))):
+        target = run.select(alias or None)
+        if target is not None:
+            found[target.id] = (*found.get(target.id, ()), alias or run.name)
     return found

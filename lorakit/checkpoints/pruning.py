@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.adapters.reading import UNFINISHED, WEIGHTS
+from lorakit.adapters.reading import UNFINISHED
 from lorakit.checkpoints.finished import CHECKPOINT, MARKERS, Look, look_at
 from lorakit.checkpoints.retention import Checkpoint, KeepBest, Retention, in_words
-from lorakit.checkpoints.trainer_state import FILE as TRAINER_STATE
 from lorakit.checkpoints.trainer_state import read_facts
-from lorakit.errors import InvalidFile, LorakitError, NotFound, disk_errors_named
-from lorakit.files.folders import clear_abandoned, read_json, sync_folder
+from lorakit.errors import LorakitError, NotFound, disk_errors_named
+from lorakit.files.folders import clear_abandoned, sync_folder
 from lorakit.store.catalog import Facts, Revision, Run, own_eval_loss
 from lorakit.store.store import bases_in, default_home, open_store
+from lorakit.store.trash import trash_path
+from lorakit.store.trash_folders import Taken, put_back
 
 ABANDONED = 86_400.0  # seconds without a change after which nobody is taken to be writing any more
 TRASH = ".lorakit-trash-"
@@ -105,11 +106,13 @@ class PrunePlan:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What was done: names that were removed, names that stayed after all with the reason, and trash that is left."""
+    """What was done: names that were removed, names that stayed after all with the reason, what is out of the run but
+    could not be removed wholly, and, of what lies in the run's trash, the uid by name."""
 
     removed: tuple[str, ...]
     spared: Mapping[str, str]
     left: tuple[Path, ...]
+    trashed: Mapping[str, str]
 
 
 def plan_prune(run: Path, retention: Retention, *, home: Path | None = None, now: float | None = None) -> PrunePlan:
@@ -137,11 +140,11 @@ def plan_prune(run: Path, retention: Retention, *, home: Path | None = None, now
     return PrunePlan(run, retention, home, verdicts)
 
 
-def execute_prune(plan: PrunePlan, *, now: float | None = None) -> Pruned:
+def execute_prune(plan: PrunePlan, *, now: float | None = None, to_trash: bool = False) -> Pruned:
     """Remove what the plan says goes, if it would still go and is as it was when the plan was made.
 
     Each is renamed to a hidden name first, in one step, and then removed: a crash leaves no half checkpoint, and what
-    it does leave the next call removes.
+    it does leave the next call removes. With `to_trash` it is moved to the run's trash, to be taken back from there.
 
     Raises:
         NotFound: the run went away.
@@ -149,7 +152,7 @@ def execute_prune(plan: PrunePlan, *, now: float | None = None) -> Pruned:
     """
     again = plan_prune(plan.run, plan.retention, home=plan.home, now=now)
     current = {verdict.name: verdict for verdict in again.verdicts}
-    removed, spared, left = [], {}, []
+    removed, spared, left, trashed = [], {}, [], {}
     with disk_errors_named(plan.run):
         clear_abandoned(plan.run, TRASH)
         for verdict in plan.going:
@@ -158,16 +161,20 @@ def execute_prune(plan: PrunePlan, *, now: float | None = None) -> Pruned:
                 spared[verdict.name] = "it is gone already"
             elif latest.stays:
                 spared[verdict.name] = "; ".join(latest.reasons)
-            elif (trash := _removed(verdict.sighted)) is None:
+            elif (trash := _removed(verdict.sighted, plan.home if to_trash else None)) is None:
                 spared[verdict.name] = "it was written to, or taken away, since it was looked at"
             else:
                 removed.append(verdict.name)
-                left += [trash] if trash.exists() else []
-    return Pruned(tuple(removed), spared, tuple(left))
+                if to_trash:
+                    trashed[verdict.name] = trash.parent.name
+                elif trash.exists():
+                    left.append(trash)
+    return Pruned(tuple(removed), spared, tuple(left), trashed)
 
 
-def _removed(sighted: Sighted) -> Path | None:
-    """The hidden name under which it was removed; None, and nothing changed, when it is not what it was.
+def _removed(sighted: Sighted, home: Path | None) -> Path | None:
+    """The name under which it was removed, or lies in the trash that a store knows of; None, and nothing changed, when
+    it is not what it was.
 
     Locked all the while, so that no other prune takes it for what a killed one left.
     """
@@ -182,6 +189,8 @@ def _removed(sighted: Sighted) -> Path | None:
             return None
         except OSError:  # a file system without locks: then no other prune takes what it finds for left behind, either
             pass
+        if home is not None:
+            return _in_trash(sighted, home)
         trash = _taken_out(sighted)
         if trash is not None:
             shutil.rmtree(trash, ignore_errors=True)
@@ -204,6 +213,22 @@ def _taken_out(sighted: Sighted) -> Path | None:
         return None
     sync_folder(trash.parent)
     return trash
+
+
+def _in_trash(sighted: Sighted, home: Path) -> Path | None:
+    """Where it lies in the run's trash, in a folder named by its uid; None, and nothing changed, when it is not what it
+    was."""
+    if not _is_unchanged(sighted.folder, sighted.contents):
+        return None
+    try:
+        taken = trash_path(sighted.folder, home).held
+    except NotFound:
+        return None
+    assert isinstance(taken, Taken)
+    if not _is_unchanged(taken.content, sighted.contents):  # a writer came between the look and the rename
+        put_back(taken)
+        return None
+    return taken.content
 
 
 def _put_back(trash: Path, folder: Path) -> None:
@@ -248,7 +273,7 @@ def _sighted(folder: Path, step: int, now: float) -> Sighted | None:
     except OSError as error:
         unread = Sighted(folder, Checkpoint(folder.name, step), "unfinished", f"can't be read: {error}", Contents())
         return unread if folder.is_dir() else None
-    state, reason = _state(look, contents, step, now)
+    state, reason = _state(look, contents, now)
     checkpoint = Checkpoint(folder.name, step, contents.size, _written(contents), _metrics(read_facts(folder, step)))
     return Sighted(folder, checkpoint, state, reason, contents)
 
@@ -276,34 +301,20 @@ def _statuses(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 yield Path(entry.path), entry.stat(follow_symlinks=False)
 
 
-def _state(look: Look, contents: Contents, step: int, now: float) -> tuple[State, str]:
+def _state(look: Look, contents: Contents, now: float) -> tuple[State, str]:
     """Finished, or not with the reason. A checkpoint that is no adapter needs its writer's last file."""
     quiet = now - contents.changed
     if look.state == "finished":
         return "finished", look.reason
-    if look.state == "whole" and quiet >= ABANDONED:
+    if look.state == "whole" and look.kind == "adapter" and quiet >= ABANDONED:
         return "finished", f"whole, and unchanged for {in_words(quiet)}"
-    if look.state == "refused" and (marker := _last_file(look.folder, contents, step)):
-        return "finished", f"{marker} is there, its writer's last file"
-    if look.state == "refused":
-        return "unfinished", "it can't be called finished: none of its writer's last files is there and newer than all"
-    if look.state == "incomplete" and quiet >= ABANDONED and _is_adapter_cut_short(look, contents):
+    if look.state == "refused" and look.vouched_by:
+        return "finished", f"{look.vouched_by} is there, its writer's last file"
+    if look.state in ("whole", "refused"):
+        return "unfinished", f"it can't be called finished: {look.reason}"
+    if quiet >= ABANDONED and _is_adapter_cut_short(look, contents):
         return "abandoned", f"unfinished, and unchanged for {in_words(quiet)}: {look.reason}"
     return "unfinished", f"unfinished: {look.reason}"
-
-
-def _last_file(folder: Path, contents: Contents, step: int) -> str | None:
-    """The file that says its writer is done, if it is no older than any other."""
-    times = {name: written for name, _, written, _ in contents.entries}
-    marker = next((name for name in MARKERS if name in times), None)
-    if marker is None or max(times.values()) > times[marker]:
-        return None
-    if marker == TRAINER_STATE:
-        try:
-            return marker if read_json(folder / marker).get("global_step") == step else None
-        except InvalidFile:
-            return None
-    return marker
 
 
 def _is_adapter_cut_short(look: Look, contents: Contents) -> bool:
@@ -311,8 +322,7 @@ def _is_adapter_cut_short(look: Look, contents: Contents) -> bool:
     names = {name for name, *_ in contents.entries}
     if UNFINISHED in names or not names:
         return True
-    parts = {WEIGHTS, "adapter_config.json"} & names
-    return not names.intersection(MARKERS) and (len(parts) == 1 or bool(parts and look.signature))
+    return look.kind == "adapter" and bool(look.signature) and not names.intersection(MARKERS)
 
 
 def _written(contents: Contents) -> float:

@@ -26,7 +26,7 @@ from lorakit.checkpoints.metadata import (
 from lorakit.checkpoints.runs import Candidate
 
 MANY = 200  # checkpoints
-_VERSION = [1, *Metadata.__slots__]
+_VERSION = [2, *Metadata.__slots__]
 
 
 def metadata_of_all(
@@ -66,11 +66,16 @@ def _state_of_files(folder: str) -> str | None:
             for entry in entries:
                 if entry.is_dir():
                     return None
-                status = entry.stat()
-                parts.append(f"{entry.name}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}")
+                parts.append(_state(entry.name, entry.stat()))
+    except NotADirectoryError:  # a file that is a checkpoint of its own
+        return _state("", os.stat(folder))
     except OSError:
         return None
     return ";".join(sorted(parts))
+
+
+def _state(name: str, status: os.stat_result) -> str:
+    return f"{name}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
 def _file(candidates: Sequence[Candidate], home: Path) -> Path:

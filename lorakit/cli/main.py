@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -26,12 +27,16 @@ VERBS = {
     "shrink": "Give an adapter a smaller rank, and say what that lost.",
     "compare": "Say how adapters lie to one another, before they are mixed.",
     "diff": "Say what changed from one adapter to the next, tensor by tensor and delta by delta.",
-    "show": "Say what a folder holds, and what it was made of.",
+    "show": "Say all that is known of a checkpoint or a run, and what it was made of.",
     "extract": "Write what a full fine-tune changed as an adapter of its base.",
     "ls": "List checkpoints with step, losses, base, size and state.",
     "latest": "Print the path of a run's newest finished checkpoint.",
     "best": "Print the path of a run's best finished checkpoint.",
     "prune": "Remove the checkpoints of a run that nothing keeps, and say why.",
+    "check": "Say whether vLLM would load it, and be right, with the reasons.",
+    "rm": "Move checkpoints to the trash.",
+    "undelete": "Take checkpoints out of the trash again.",
+    "store": "Add to the store, verify it, clear it up, or say where it is.",
     "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
 }
 
@@ -80,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in (given[: given.index("--")] if "--" in given else given)
     signal.signal(signal.SIGTERM, _interrupted)
+    _show_notes()
     try:
         code = cli.main(args=given, prog_name="lorakit", standalone_mode=False)
         sys.stdout.flush()
@@ -97,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        code = _report(type(error).__name__, str(error), 1, as_json)
+        code = _report(type(error).__name__, _of_system(error), 1, as_json)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -117,6 +123,22 @@ def script() -> NoReturn:
     os._exit(code)
 
 
+class _Notes(logging.Handler):
+    """What the library says of what it chose, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from lorakit.cli.shared import note
+
+        note(f"note: {record.getMessage()}")
+
+
+def _show_notes() -> None:
+    log = logging.getLogger("lorakit.checkpoints")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Notes) for handler in log.handlers):
+        log.addHandler(_Notes())
+
+
 def _interrupted(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -125,8 +147,16 @@ def _report(kind: str, message: str, code: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"error": {"type": kind, "message": message, "code": code}}))
     else:
-        print(f"error: {message}", file=sys.stderr)
+        from lorakit.cli.tables import printable
+
+        print("\n".join(printable(line) for line in f"error: {message}".split("\n")), file=sys.stderr)
     return code
+
+
+def _of_system(error: OSError) -> str:
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"no permission for '{error.filename}': run as the user that it belongs to, or chmod it"
+    return str(error)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

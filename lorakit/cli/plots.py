@@ -6,7 +6,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +18,8 @@ from lorakit.files.folders import refuse_existing, sync_folder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lorakit.checkpoints.curves import Losses
+    from lorakit.checkpoints.metadata import Metadata
     from lorakit.mix.compare import CompareReport
     from lorakit.mix.diff import DiffReport
 
@@ -125,6 +127,29 @@ def stages_figure(report: DiffReport) -> Figure:
     losses.set(title="lost: ‖Δ − Δ′‖ / ‖Δ‖", ylabel="share of the norm")
     losses.set_xticks(list(places), [_plain(name) for name in names[1:]])
     losses.legend()
+    return figure
+
+
+def losses_figure(losses: Losses, checkpoints: Sequence[Metadata], names: Mapping[str, str], title: str) -> Figure:
+    """Losses over steps, each checkpoint as a line at its step, and those that are named by their id as well."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for curve, label, style in ((losses.train, "train", {"linewidth": 1.2}), (losses.eval, "eval", {"marker": "o"})):
+        if curve.steps:
+            axes.plot(curve.steps, curve.values, label=f"{label} loss", **style)
+    steps = [row.step for row in checkpoints if row.step is not None]
+    axes.vlines(steps, 0, 1, transform=axes.get_xaxis_transform(), color="0.8", linewidth=0.8, zorder=0)
+    for row in checkpoints:
+        if row.id in names and row.step is not None:
+            axes.axvline(row.step, color="C2", linewidth=1.2, zorder=1)
+            axes.annotate(
+                _plain(names[row.id]), xy=(row.step, 1), xycoords=("data", "axes fraction"), rotation=90, ha="right",
+                va="top", fontsize=8, color="C2",
+            )  # fmt: skip
+    axes.set(title=_plain(title), xlabel="step", ylabel="loss")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lorakit.checkpoints.amounts import bytes_of, seconds
 from lorakit.cli.shared import dry_run_option, json_option, note, print_json
 from lorakit.cli.tables import print_table, size_in_words
 from lorakit.errors import UsageError
@@ -16,12 +16,6 @@ from lorakit.errors import UsageError
 if TYPE_CHECKING:
     from lorakit.checkpoints.pruning import Pruned, PrunePlan, Verdict
     from lorakit.checkpoints.retention import Mode, Policy, Retention
-
-_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
-_BYTES = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
 
 
 @click.command("prune")
@@ -44,7 +38,9 @@ _BYTES = {
     metavar="SIZE",
     help="Keep, of the rest, the newest that fit with all that stays: 20GB, 500MiB. What else is kept may be more.",
 )
+@click.option("--config", type=click.Path(), metavar="FILE", help="YAML that says what to keep: keep_last: 3, ...")
 @click.option("--home", type=click.Path(file_okay=False), help="The store. Default: $LORAKIT_HOME.")
+@click.option("--trash", is_flag=True, help="Into the run's trash, whose space is not free yet; see lorakit undelete.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @dry_run_option
 @json_option
@@ -59,21 +55,24 @@ def command(
     keep_every: int | None,
     keep_for: str | None,
     max_bytes: str | None,
+    config: str | None,
     home: str | None,
+    trash: bool,
     yes: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Remove the checkpoints of a run that nothing keeps, and say why each stays or goes.
 
-    One that any of the options keeps stays. The newest stays too, and so does what an alias of the store or a link in
-    the run points at, and what is not finished, until nothing of it has changed for a day.
+    One that any of the options, or the file, keeps stays. The newest stays too, and so does what an alias of the store
+    or a link in the run points at, and what is not finished, until nothing of it has changed for a day.
 
     \b
     lorakit prune runs/sql --keep-last 3 --keep-best 2 --dry-run
     lorakit prune runs/sql --keep-every 500 --max-bytes 20GB --yes
+    lorakit prune runs/sql --config keep.yaml --yes
     """
-    retention = _retention(keep_last, keep_best, metric, mode, keep_every, keep_for, max_bytes)
+    retention = _retention(keep_last, keep_best, metric, mode, keep_every, keep_for, max_bytes, config)
     if not (yes or dry_run) and (as_json or not sys.stdin.isatty()):
         raise UsageError("removing asks first, and there is nobody to ask: give --yes, or --dry-run to see what goes")
     from pathlib import Path
@@ -86,75 +85,40 @@ def command(
     if plan.going and not (yes or dry_run) and not click.confirm(f"Remove {_count(plan.going)}?", err=True):
         note("nothing was removed")
         context.exit(1)
-    done = None if dry_run else execute_prune(plan)
+    done = None if dry_run else execute_prune(plan, to_trash=trash)
     if as_json:
         print_json(_as_dict(plan, done))
-    _say(plan, done)
+    _say(plan, done, "moved to the trash" if trash else "removed")
 
 
 def _retention(
     keep_last: int | None, keep_best: int | None, metric: str | None, mode: Mode | None, keep_every: int | None,
-    keep_for: str | None, max_bytes: str | None,
+    keep_for: str | None, max_bytes: str | None, config: str | None,
 ) -> Retention:  # fmt: skip
+    """The options and the file together: what either of them keeps stays."""
+    from pathlib import Path
+
     from lorakit.checkpoints.retention import KeepBest, KeepEvery, KeepFor, KeepLast, Retention
+    from lorakit.checkpoints.retention_file import mode_of, read_retention
 
     if keep_best is None and (metric or mode):
         raise UsageError("--metric and --mode say what is best, and nothing was asked to be: add --keep-best N")
-    policies: list[Policy] = []
+    said = read_retention(Path(config)) if config is not None else None
+    policies: list[Policy] = [*said.policies] if said else []
     if keep_last:
         policies.append(KeepLast(keep_last))
     if keep_best:
         metric = metric or "eval_loss"
-        policies.append(KeepBest(keep_best, metric, mode or _mode_of(metric)))
+        policies.append(KeepBest(keep_best, metric, mode or mode_of(metric)))
     if keep_every:
         policies.append(KeepEvery(keep_every))
     if keep_for is not None:
         policies.append(KeepFor(seconds(keep_for)))
-    return Retention(
-        tuple(policies),
-        max_bytes=None if max_bytes is None else bytes_of(max_bytes),
-        spare_newest=keep_last != 0,
-    )
-
-
-def _mode_of(metric: str) -> Mode:
-    """Raises UsageError when the name does not say whether less is better: the wrong guess would remove the best."""
-    if metric.endswith(("loss", "perplexity")):
-        return "min"
-    raise UsageError(f"is more of '{metric}' better, or less? say --mode max or --mode min")
-
-
-def seconds(said: str) -> float:
-    """`7d` as 604,800; s, m, h, d and w are seconds, minutes, hours, days and weeks.
-
-    Raises:
-        UsageError: it is no time of that form, or none above 0.
-    """
-    match = re.fullmatch(r"([0-9.]+)\s*([smhdw])", said.strip())
-    value = _number(match[1]) * _SECONDS[match[2]] if match else math.nan
-    if not 0 < value < math.inf:
-        raise UsageError(f"'{said}' is no time: write, for instance, 90m, 36h or 7d")
-    return value
-
-
-def bytes_of(said: str) -> int:
-    """`20GB` as 20,000,000,000; `GiB` and its like count by 1024.
-
-    Raises:
-        UsageError: it is no size of that form, or below one byte.
-    """
-    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", said.strip())
-    value = _number(match[1]) * _BYTES.get(match[2].upper(), math.nan) if match else math.nan
-    if not 1 <= value < math.inf:
-        raise UsageError(f"'{said}' is no size: write, for instance, 500MB, 20GB or 20GiB")
-    return int(value)
-
-
-def _number(digits: str) -> float:
-    try:
-        return float(digits)
-    except ValueError:
-        return math.nan
+    sizes = [said.max_bytes] if said and said.max_bytes is not None else []
+    if max_bytes is not None:
+        sizes.append(bytes_of(max_bytes))
+    spare_newest = keep_last != 0 and (said is None or said.spare_newest)
+    return Retention(tuple(policies), max_bytes=max(sizes, default=None), spare_newest=spare_newest)
 
 
 def _metrics_asked(retention: Retention) -> list[str]:
@@ -164,7 +128,6 @@ def _metrics_asked(retention: Retention) -> list[str]:
 
 
 def _print(plan: PrunePlan, metrics: list[str]) -> None:
-
     rows = [
         (
             verdict.name,
@@ -182,12 +145,14 @@ def _measured(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _say(plan: PrunePlan, done: Pruned | None) -> None:
+def _say(plan: PrunePlan, done: Pruned | None, what: str) -> None:
     if done is None:
         note(f"{_count(plan.going)} would go, {_count(plan.staying)} would stay; nothing was removed")
     else:
         removed = [verdict for verdict in plan.going if verdict.name in done.removed]
-        note(f"removed {_count(removed)}")
+        note(f"{what} {_count(removed)}")
+        for name in done.trashed:
+            note(f"take it back: lorakit undelete {shlex.quote(str(plan.run / name))}")
         for name, reason in done.spared.items():
             note(f"note: {name} stays after all: {reason}")
         for trash in done.left:
@@ -207,6 +172,7 @@ def _as_dict(plan: PrunePlan, done: Pruned | None) -> dict[str, Any]:
         "bytes_going": sum(verdict.size for verdict in plan.going),
         "removed": [] if done is None else list(done.removed),
         "spared": {} if done is None else dict(done.spared),
+        "trash": {} if done is None else dict(done.trashed),
         "left": [] if done is None else [str(path) for path in done.left],
     }
 

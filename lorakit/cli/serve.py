@@ -53,6 +53,7 @@ def command(
     from lorakit.server.settings import from_mapping, named_path
     from lorakit.server.supervisor import listen
     from lorakit.store.names import check_name
+    from lorakit.store.serving import serving
     from lorakit.store.store import Store
 
     found = vllm.installed()
@@ -99,7 +100,8 @@ def command(
     what = f"vLLM {found.text}, base '{name}', rank up to {rank}"
     with closing(listen(host, port)) as public:
         Store(settings.store_home, model.identity).close()  # one that can't be used is said before vLLM is started
-        _run(start, public, host, settings.drain, what)
+        with serving(settings.store_home, model.identity, _url(host, public)):
+            _run(start, public, host, settings.drain, what)
 
 
 def base_name(base: str) -> str:
@@ -113,8 +115,7 @@ def _run(start: Command, public: socket, host: str, drain: float, what: str) -> 
     from lorakit.server import vllm
     from lorakit.server.supervisor import Supervisor
 
-    shown = f"[{host}]" if ":" in host else host
-    print(f"lorakit: {what}, on http://{shown}:{public.getsockname()[1]}", file=sys.stderr, flush=True)
+    print(f"lorakit: {what}, on {_url(host, public)}", file=sys.stderr, flush=True)
 
     async def supervise() -> int:
         supervisor = Supervisor(public, start, drain=drain, phase_of=vllm.phase_of)
@@ -124,6 +125,10 @@ def _run(start: Command, public: socket, host: str, drain: float, what: str) -> 
     code = asyncio.run(supervise())
     if code:
         raise click.exceptions.Exit(code)
+
+
+def _url(host: str, public: socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{public.getsockname()[1]}"
 
 
 def _largest_rank(folders: list[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from lorakit.cli.tables import printable
 from lorakit.errors import UsageError
 
 
@@ -107,12 +108,12 @@ def print_json(value: Any) -> None:
 
 
 def note(message: str) -> None:
-    """A word to the person, on stderr: stdout is for data."""
-    print(message, file=sys.stderr)
+    """A word to the person, on stderr: stdout is for data. Names in it are anybody's."""
+    print(printable(message), file=sys.stderr)
 
 
 @contextmanager
-def progress_bar(what: str, *, wanted: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(what: str, *, wanted: bool = True) -> Iterator[Callable[[int, int | None], None] | None]:
     """A bar with bytes per second on stderr; None where stderr is no terminal."""
     if not (wanted and sys.stderr.isatty()):
         yield None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import __version__
 from lorakit.adapters.adapter import Adapter
+from lorakit.checkpoints.locate import open_adapter
 from lorakit.errors import InvalidFile, OutOfSpace, UsageError
 from lorakit.files.finite import look_at_numbers
 from lorakit.files.folders import free_bytes, refuse_existing, sync_tree, whole_folder
@@ -28,7 +29,6 @@ from lorakit.merge.journal import has_key, take_up_key
 from lorakit.merge.output import push, write_beside, write_lineage
 from lorakit.merge.plan import DTYPES, MergePlan, plan_merge
 from lorakit.merge.report import MergeReport
-from lorakit.store.locate import open_adapter
 
 if TYPE_CHECKING:
     from lorakit.merge.residual import Residuals

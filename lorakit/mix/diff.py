@@ -13,85 +13,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain, pairwise
-from math import isfinite, sqrt
+from math import sqrt
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.truncation import Factors, inner_product, noise_of, one_thread, product_spectrum
+from lorakit.checkpoints.finished import CHECKPOINT, is_adapter
+from lorakit.checkpoints.locate import open_adapter
+from lorakit.checkpoints.tensors import listed
 from lorakit.errors import NotFound, Refused, UnsupportedAdapter
-from lorakit.files.safetensors import StoredTensor, read_header
-from lorakit.files.tensors import FLOATS, read_into, same_bytes, torch_dtype
-from lorakit.mix.compare import (
-    CUTOFF,
-    cosine,
-    different_bases,
-    matching_modules,
-    with_biases,
-)
+from lorakit.files.safetensors import read_header
+from lorakit.mix.changes import Change, Closeness, State, TensorChange, tensor_changes
+from lorakit.mix.compare import CUTOFF, different_bases, matching_modules, with_biases
 from lorakit.mix.opened import opened
-from lorakit.store.locate import open_adapter
 
 LEADING = 8  # singular values in `as_dict()`
-RTOL, ATOL = 1e-5, 1e-8  # what numpy's allclose takes for close
-_BLOCK = 1 << 20  # elements
 
-State = Literal["equal", "close", "different", "only_before", "only_after"]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorChange:
-    """One tensor in two adapters; `before` and `after` are its dtype and shape.
-
-    equal: dtype, shape and every bit; close: |after - before| <= 1e-8 + 1e-5 |before| everywhere. `largest` is
-    max |after - before|; None where the two can't be subtracted, or the result is no number.
-    """
-
-    name: str
-    state: State
-    before: str | None = None
-    after: str | None = None
-    largest: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "tensor": self.name,
-            "state": self.state,
-            "before": self.before,
-            "after": self.after,
-            "largest": self.largest,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """How far a delta is from an earlier one. What it holds are sums, which add up over modules: ‖Δ₁‖², ‖Δ₂‖²,
-    ‖Δ₁ - Δ₂‖² and ⟨Δ₁, Δ₂⟩.
-    """
-
-    before: float
-    after: float
-    difference: float
-    product: float = 0.0
-
-    @property
-    def lost(self) -> float | None:
-        """‖Δ₁ - Δ₂‖ / ‖Δ₁‖; None where there was nothing to lose."""
-        return sqrt(self.difference / self.before) if self.before else None
-
-    @property
-    def cosine(self) -> float | None:
-        return cosine(self.product, sqrt(self.before), sqrt(self.after))
-
-    def plus(self, other: Change) -> Change:
-        return Change(
-            self.before + other.before,
-            self.after + other.after,
-            self.difference + other.difference,
-            self.product + other.product,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +168,16 @@ class DiffReport:
 
 
 def diff(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], *more: str | os.PathLike[str], modules: str = "*"
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *more: str | os.PathLike[str],
+    modules: str = "*",
+    closeness: Closeness | None = None,
 ) -> DiffReport:
-    """Say what changed from each adapter to the next, and since the first.
+    """Say what changed from each adapter to the next, and since the first. `diff_tensors` is for everything else.
 
     Args:
+        closeness: which tensors are called close; as numpy's allclose without.
         modules: deltas of these alone: "*.layers.0.*" as a shell would, "q_proj" as the end of a path. Of tensors all
             are compared.
 
@@ -246,20 +191,22 @@ def diff(
     with one_thread():
         found = {module: _through_stages(adapters, module) for module in matching_modules(adapters, modules)}
     tensors = [read_header(adapter.files()[0].file).tensors for adapter in stored]
-    steps = [(), *(_tensor_changes(before, after) for before, after in pairwise(tensors))]
+    steps = [(), *(tensor_changes(before, after, closeness) for before, after in pairwise(tensors))]
     for adapter in stored:
         adapter.ensure_unchanged()
     return DiffReport(
         tuple(_stage(adapter, i, list(found.values()), steps[i]) for i, adapter in enumerate(adapters)),
         found,
-        (*different_bases(adapters), *chain(*beyond), *with_biases(adapters), *_reshaped(found)),
+        (*different_bases(adapters), *chain(*beyond), *with_biases(adapters), *_reshaped(found), *_nested(stored)),
     )
 
 
 def _opened(reference: str | os.PathLike[str]) -> Adapter:
     folder = Path(reference)
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise Refused(f"'{folder}' is a model or a regular checkpoint: only adapters can be compared so far")
+        raise Refused(
+            f"'{folder}' is a model or a regular checkpoint, not an adapter: lorakit.diff_tensors takes those"
+        )
     return open_adapter(os.fspath(reference))
 
 
@@ -332,49 +279,6 @@ def _summed(changes: Sequence[Change | None]) -> Change:
     return reduce(Change.plus, _known(changes), Change(0.0, 0.0, 0.0))
 
 
-def _tensor_changes(
-    before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]
-) -> tuple[TensorChange, ...]:  # fmt: skip
-    return tuple(_tensor_change(name, before.get(name), after.get(name)) for name in {**before, **after})
-
-
-def _tensor_change(name: str, before: StoredTensor | None, after: StoredTensor | None) -> TensorChange:
-    was, is_now = (None if one is None else f"{one.dtype} {list(one.shape)}" for one in (before, after))
-    if before is None or after is None:
-        return TensorChange(name, "only_after" if before is None else "only_before", was, is_now)
-    if same_bytes(before, after):
-        return TensorChange(name, "equal", was, is_now, largest=0.0)
-    if before.shape != after.shape or not {before.dtype, after.dtype} <= FLOATS:
-        return TensorChange(name, "different", was, is_now)
-    largest, close = _largest_difference(before, after)
-    return TensorChange(name, "close" if close else "different", was, is_now, largest if isfinite(largest) else None)
-
-
-def _largest_difference(before: StoredTensor, after: StoredTensor) -> tuple[float, bool]:
-    """max |after - before| in float64, block by block, and whether all of it is close."""
-    largest, close = 0.0, True
-    size = torch_dtype(before.dtype).itemsize
-    for start in range(0, before.nbytes // size, _BLOCK):
-        count = min(_BLOCK, before.nbytes // size - start)
-        old, new = (_elements(stored, start, count) for stored in (before, after))
-        difference = (new - old).abs()
-        found = float(difference.max())
-        largest = found if found > largest or found != found else largest  # NaN stays
-        close = close and bool((difference <= ATOL + RTOL * old.abs()).all())
-    return largest, close
-
-
-def _elements(stored: StoredTensor, start: int, count: int) -> Any:
-    """`count` elements in float64."""
-    import torch
-
-    dtype = torch_dtype(stored.dtype)
-    buffer = bytearray(count * dtype.itemsize)
-    with stored.file.open("rb") as stream:
-        read_into(stream.fileno(), memoryview(buffer), stored.start + start * dtype.itemsize, stored)
-    return torch.frombuffer(buffer, dtype=dtype).double()
-
-
 def _as_deltas(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
     """An adapter that does more than add low-rank factors is compared by those, and a note says so."""
     try:
@@ -384,8 +288,17 @@ def _as_deltas(adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
 
 
 def _reshaped(modules: Mapping[str, ModuleDiff]) -> tuple[str, ...]:
-    reshaped = [repr(name) for name, module in modules.items() if module.reshaped]
-    if not reshaped:
-        return ()
-    shown = ", ".join(reshaped[:4]) + (f" and {len(reshaped) - 4} more" if len(reshaped) > 4 else "")
-    return (f"the shapes differ at {shown}: their change is in no sum",)
+    reshaped = [name for name, module in modules.items() if module.reshaped]
+    return (f"the shapes differ at {listed(reshaped)}: their change is in no sum",) if reshaped else ()
+
+
+def _nested(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """A model's second adapter is saved into a folder inside of the first one's."""
+    folders = {adapter.name: adapter.files()[0].file.parent for adapter in adapters}
+    inner = {name: sorted(filter(is_adapter, folder.iterdir())) for name, folder in folders.items()}
+    others = {name: [one.name for one in found if not CHECKPOINT.fullmatch(one.name)] for name, found in inner.items()}
+    return tuple(
+        f"'{name}' has other adapters in it, which are not compared: {listed(found)}"
+        for name, found in others.items()
+        if found
+    )

@@ -13,11 +13,11 @@ from lorakit.adapters.config import AVERAGED
 from lorakit.adapters.naming import apart, ensure_one_naming, renamed
 from lorakit.adapters.plain import as_lora
 from lorakit.adapters.trained import trained_of
+from lorakit.checkpoints.locate import open_adapter
 from lorakit.errors import UnsupportedAdapter, WrongBase
 from lorakit.merge.base import BaseModel, read_base
 from lorakit.merge.layers import is_transposed
 from lorakit.merge.resolve import Resolver
-from lorakit.store.locate import open_adapter
 
 AdapterLike = Adapter | str | os.PathLike[str]
 BaseLike = str | os.PathLike[str]

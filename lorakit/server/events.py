@@ -49,7 +49,7 @@ class Events:
         """Record an event, and log its message in one line."""
         self._count += 1
         self._kept.append(Event(self._count, kind, time.time(), {"message": message, **data}))
-        log.log(logging.WARNING if kind in ("refused", "failed") else logging.INFO, "%s", message)
+        log.log(logging.WARNING if kind in ("refused", "stalled", "failed") else logging.INFO, "%s", message)
         self._more.set()
         self._more = asyncio.Event()
 

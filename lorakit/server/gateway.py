@@ -54,6 +54,7 @@ class Gateway:
         self._key = os.environ.get("LORAKIT_API_KEY", "")
         self._tasks: list[asyncio.Task[Any]] = []
         self._supervised: Supervised | None = None
+        self._held = contextlib.ExitStack()
 
     @property
     def reconciler(self) -> Reconciler:
@@ -108,6 +109,7 @@ class Gateway:
         """Start to serve on an engine that answers."""
         from lorakit.merge.base import read_base
         from lorakit.server.routes import routes_for
+        from lorakit.store.serving import serving
         from lorakit.store.store import Store
 
         log_to_stderr()
@@ -118,6 +120,7 @@ class Gateway:
             raise EngineFailed(f"the base does not answer: {wrong}")
         base = await asyncio.to_thread(read_base, engine.limits.base_path)
         store = await asyncio.to_thread(Store, settings.store_home, base.identity)
+        self._held.enter_context(serving(settings.store_home, base.identity))
         reconciler = Reconciler(settings, engine, store, base)
         await reconciler.recall()
         self._reconciler, self._routes = reconciler, routes_for(reconciler)
@@ -132,6 +135,7 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._reconciler is not None:
             await self._reconciler.close()
+        self._held.close()
 
     # requests
 

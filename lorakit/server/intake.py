@@ -11,7 +11,7 @@ from lorakit.adapters.reading import WEIGHTS, load_adapter
 from lorakit.adapters.writing import write_adapter_files
 from lorakit.checkpoints.finished import Look, look_at
 from lorakit.checkpoints.trainer_state import read_facts
-from lorakit.convert.check import Verdict, check_adapter
+from lorakit.convert.check import Verdict, check_adapter, check_numbers
 from lorakit.errors import Incomplete, InvalidFile, Refused
 from lorakit.files.finite import look_at_numbers
 from lorakit.files.folders import copy_file, read_json, write_json
@@ -22,6 +22,24 @@ from lorakit.store.catalog import Finish, Label, Revision
 from lorakit.store.store import Source, Store
 
 CONFIG = "adapter_config.json"
+
+
+def why_never_served(look: Look) -> str | None:
+    """Why no server takes in what looks like this, however long one waits; None when it may."""
+    if look.state == "refused":
+        return look.reason
+    if look.kind == "regular":
+        return (
+            f"it is a regular checkpoint (written by {look.writer}), and adapters alone are served beside a base: "
+            f"lorakit extract '{look.path}' --base BASE --out DIR makes an adapter of it, "
+            f"lorakit convert '{look.path}' --out DIR a model of its own"
+        )
+    if look.state in ("finished", "whole") and not (look.path / WEIGHTS).is_file():
+        return (
+            f"it is an adapter as {look.writer} writes it, without {WEIGHTS}: "
+            f"lorakit convert '{look.path}' --out DIR makes one that can be served"
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +64,15 @@ def take_in(
         Incomplete: it was written again while it was copied.
         Refused: with the reason and the cure.
     """
-    facts = read_facts(look.folder, step)
+    facts = read_facts(look.path, step)
     with store.staging() as staged:
         try:
-            copy_file(look.folder / WEIGHTS, staged / WEIGHTS)
-            write_json(staged / CONFIG, canonical(read_json(look.folder / CONFIG)))
+            copy_file(look.path / WEIGHTS, staged / WEIGHTS)
+            write_json(staged / CONFIG, canonical(read_json(look.path / CONFIG)))
         except (FileNotFoundError, InvalidFile):
-            raise Incomplete(f"'{look.folder}' went away or was written again while it was copied") from None
-        if look_at(look.folder).signature != look.signature:
-            raise Incomplete(f"'{look.folder}' was written again while it was copied")
+            raise Incomplete(f"'{look.path}' went away or was written again while it was copied") from None
+        if look_at(look.path).signature != look.signature:
+            raise Incomplete(f"'{look.path}' was written again while it was copied")
         adapter = load_adapter(staged)
         verdict = check_adapter(adapter, base, max_rank=max_rank)
         problems = list(verdict.problems) + _bad_numbers(staged, certain=look.state == "finished")
@@ -63,10 +81,10 @@ def take_in(
         rank = adapter.rank
         if verdict.repairs:
             _repair(adapter, verdict, staged)
-        write_provenance(staged, "store", parents=[{"path": str(look.folder)}], settings={}, repaired=verdict.repairs)
+        write_provenance(staged, "store", parents=[{"path": str(look.path)}], settings={}, repaired=verdict.repairs)
         digest, _, size = store.keep(staged)
     revision, finish = store.add(
-        run, kind, digest, facts, rank=rank, size=size, path=str(look.folder),
+        run, kind, digest, facts, rank=rank, size=size, path=str(look.path),
         source=Source(look.signature, look.weights_signature), repaired="; ".join(verdict.repairs) or None,
         finished=finished, late=late,
     )  # fmt: skip
@@ -75,8 +93,8 @@ def take_in(
 
 def _bad_numbers(staged: Path, *, certain: bool) -> list[str]:
     content = look_at_numbers(read_header(staged / WEIGHTS))
-    if content.not_finite:
-        return [f"'{content.not_finite}' holds NaN or infinity: the training diverged; use an earlier checkpoint"]
+    if problem := check_numbers(content).problem:
+        return [problem]
     if content.all_zero and not certain:
         # some writers make the file in its full size first, and fill it then
         raise Incomplete(f"all numbers of {WEIGHTS} are zero, so it may be a file that is still being filled")

@@ -14,7 +14,7 @@ from lorakit.checkpoints.runs import Candidate, candidates_of
 from lorakit.errors import Incomplete, LorakitError, NotFound, Refused
 from lorakit.merge.base import BaseModel
 from lorakit.server.engine import Engine, LoadFailed
-from lorakit.server.intake import take_in
+from lorakit.server.intake import take_in, why_never_served
 from lorakit.server.residency import NoSlot
 from lorakit.server.served import Served, Waiting, about
 from lorakit.server.settings import Settings
@@ -131,12 +131,14 @@ class Reconciler(Served):
 
     async def _consider(self, sight: Sight) -> None:
         candidate, look = sight.candidate, sight.look
-        if look.state == "refused":
-            self._note(candidate, "refused", look.reason)
+        if never := why_never_served(look):
+            self._note(candidate, "refused", never)
             self._watcher.settle(sight)
             return
         if not sight.ready:
-            self._note(candidate, "incomplete", look.reason)
+            self._note(candidate, "incomplete", look.reason, stalled=sight.stalled)
+            if sight.stalled:
+                self._watcher.settle(sight)
             return
         try:
             check_name(candidate.run, self.engine.limits.base)
@@ -179,13 +181,14 @@ class Reconciler(Served):
         self.waiting.pop(candidate.place, None)
         return revision
 
-    def _note(self, candidate: Candidate, state: str, reason: str) -> None:
+    def _note(self, candidate: Candidate, state: str, reason: str, *, stalled: bool = False) -> None:
         before = self.waiting.get(candidate.place)
         if before is None or (before.state, before.reason) != (state, reason):
             self.waiting[candidate.place] = Waiting(candidate, state, reason)
-            if state == "refused":
+            if state == "refused" or stalled:
+                kind = "stalled" if stalled else state
                 name = candidate.run if candidate.step is None else f"{candidate.run}@step-{candidate.step}"
-                self.events.tell("refused", f"{name} is refused: {reason}", adapter=candidate.run, reason=reason)
+                self.events.tell(kind, f"{name} is {kind}: {reason}", adapter=candidate.run, reason=reason)
 
     # convergence
 
@@ -234,10 +237,11 @@ class Reconciler(Served):
         revision = None
         for candidate in candidates:
             look = await asyncio.to_thread(look_at, candidate.folder)
-            if look.state in ("incomplete", "refused"):
+            never = why_never_served(look)
+            if never or look.state == "incomplete":
                 if len(candidates) > 1:
                     continue
-                raise (Incomplete if look.state == "incomplete" else Refused)(f"'{candidate.folder}': {look.reason}")
+                raise (Refused if never else Incomplete)(f"'{candidate.folder}': {never or look.reason}")
             sight = Sight(candidate, look, ready=True, early=False)
             revision = await self._take_in(candidate, sight, finished=True, late=False)
         if revision is None:

@@ -1,1 +1,1 @@
-"""The store: revisions by digest, and one SQLite file with what is known of them."""
+"""The store: revisions and kept checkpoints by digest, and one SQLite file with what is known of them."""

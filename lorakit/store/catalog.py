@@ -13,6 +13,13 @@ from lorakit.store.names import parse_selector, revision_name
 Label = Literal["step", "final", "plain"]
 
 
+def label_of(kind: Label, step: int | None) -> str:
+    """What stands between a run's name and a digest: `step-500`, `final`, or nothing."""
+    if kind == "step":
+        return f"step-{step}"
+    return "final" if kind == "final" else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What a trainer said of a checkpoint; None is not known."""
@@ -48,9 +55,7 @@ class Revision:
 
     @property
     def label(self) -> str:
-        if self.kind == "step":
-            return f"step-{self.facts.step}"
-        return "final" if self.kind == "final" else ""
+        return label_of(self.kind, self.facts.step)
 
     @property
     def name(self) -> str:
@@ -65,19 +70,16 @@ class Finish:
     attempt: int
 
 
-def attempt_of(kind: Label, step: int | None, finishes: Sequence[Finish], revisions: Mapping[int, Revision]) -> int:
-    """The attempt that something which finishes now belongs to: a step not above an earlier one begins a new one."""
-    if not finishes:
+def attempt_of(kind: Label, step: int | None, last: int | None, largest: int | None) -> int:
+    """The attempt that something which finishes now belongs to: a step not above an earlier one begins a new one.
+
+    `last` is the attempt of what finished before it, `largest` the largest step of that attempt; None for none.
+    """
+    if last is None:
         return 1
-    attempt = finishes[-1].attempt
-    if kind != "step" or step is None:
-        return attempt
-    steps = [
-        revisions[finish.revision].facts.step or 0
-        for finish in finishes
-        if finish.attempt == attempt and revisions[finish.revision].kind == "step"
-    ]
-    return attempt + 1 if any(step <= earlier for earlier in steps) else attempt
+    if kind != "step" or step is None or largest is None:
+        return last
+    return last + 1 if step <= largest else last
 
 
 def latest(finishes: Sequence[Finish], revisions: Mapping[int, Revision]) -> Revision | None:

@@ -6,10 +6,7 @@ A store holds the adapters of many bases; all but the files is kept apart by bas
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sqlite3
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,41 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import Incomplete, LorakitError, Refused, disk_errors_named
+from lorakit.errors import Incomplete, Refused, disk_errors_named
 from lorakit.files.digests import folder_digest
-from lorakit.files.folders import clear_abandoned, sync_folder, sync_tree, temporary_folder
+from lorakit.files.folders import sync_tree, temporary_folder
 from lorakit.files.provenance import FILE as PROVENANCE
-from lorakit.store.catalog import Facts, Finish, Label, Revision, Run, attempt_of
+from lorakit.store.catalog import Facts, Finish, Label, Revision, Run, attempt_of, label_of
+from lorakit.store.contents import is_needed, placed, remove_unneeded, unneeded_in
+from lorakit.store.database import Database, default_home, is_store
 from lorakit.store.names import revision_name
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS revisions (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, base TEXT NOT NULL, run TEXT NOT NULL, kind TEXT NOT NULL, step INTEGER,
-    digest TEXT NOT NULL, facts TEXT NOT NULL, rank INTEGER NOT NULL, size INTEGER NOT NULL, source TEXT NOT NULL,
-    created REAL NOT NULL, repaired TEXT
-);
-CREATE UNIQUE INDEX IF NOT EXISTS one_content ON revisions (base, run, kind, ifnull(step, -1), digest);
-CREATE TABLE IF NOT EXISTS finishes (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, revision INTEGER NOT NULL REFERENCES revisions (id) ON DELETE CASCADE,
-    attempt INTEGER NOT NULL, at REAL NOT NULL
-);
-CREATE TABLE IF NOT EXISTS runs (
-    base TEXT NOT NULL, run TEXT NOT NULL, pinned INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (base, run)
-);
-CREATE TABLE IF NOT EXISTS aliases (
-    base TEXT NOT NULL, run TEXT NOT NULL, alias TEXT NOT NULL,
-    revision INTEGER NOT NULL REFERENCES revisions (id) ON DELETE CASCADE, PRIMARY KEY (base, run, alias)
-);
-CREATE TABLE IF NOT EXISTS moves (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, base TEXT NOT NULL, run TEXT NOT NULL, alias TEXT NOT NULL,
-    revision INTEGER NOT NULL, at REAL NOT NULL, why TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS sources (
-    base TEXT NOT NULL, run TEXT NOT NULL, path TEXT NOT NULL, signature TEXT NOT NULL,
-    weights_signature TEXT NOT NULL, PRIMARY KEY (base, run, path)
-);
-"""
-_VERSION = 1
+__all__ = ["Source", "Store", "bases_in", "default_home", "open_store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,72 +35,16 @@ class Source:
     weights_signature: str
 
 
-def default_home() -> Path:
-    """`$LORAKIT_HOME`, or `lorakit` in `$XDG_DATA_HOME`."""
-    if home := os.environ.get("LORAKIT_HOME"):
-        return Path(home).absolute()
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lorakit"
-
-
 class Store:
     """One store, as seen by one base. Its methods block: call them off the event loop."""
 
-    def __init__(self, home: Path, base: str) -> None:
+    def __init__(self, home: Path, base: str, *, or_read: bool = False) -> None:
         self.home = home
         self.base = base
-        with disk_errors_named(home):
-            for folder in (home / "revisions", home / "tmp"):
-                folder.mkdir(parents=True, exist_ok=True)
-        clear_abandoned(home / "tmp", "")
-        self._lock = threading.RLock()
-        try:
-            self._db = sqlite3.connect(
-                home / "store.sqlite3", timeout=30, check_same_thread=False, isolation_level=None
-            )
-        except sqlite3.Error as error:
-            raise LorakitError(f"the store '{home}' can't be opened: {error}; set LORAKIT_HOME to another") from error
-        try:
-            self._prepare()
-        except BaseException as error:
-            self._db.close()
-            if isinstance(error, sqlite3.Error):
-                raise LorakitError(f"the store '{home}' can't be used: {error}; set LORAKIT_HOME to another") from error
-            raise
-
-    def _prepare(self) -> None:
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > _VERSION:
-            raise LorakitError(
-                f"the store '{self.home}' was written by a newer lorakit (schema {version}): upgrade, "
-                f"or set LORAKIT_HOME to another folder"
-            )
-        self._db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
+        self._database = Database(home, or_read=or_read)
 
     def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, also against other processes on the same store.
-
-        Raises:
-            LorakitError: SQLite can't do it, and nothing is changed.
-        """
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as error:
-                raise LorakitError(f"the store '{self.home}' can't be written: {error}") from error
+        self._database.close()
 
     # files
 
@@ -149,47 +65,48 @@ class Store:
         size = sum((staged / name).stat().st_size for name in names)
         target = self.home / "revisions" / digest
         with disk_errors_named(target):
-            if not target.is_dir():
-                for name in names:
-                    (staged / name).chmod(0o444)
-                sync_tree(staged)
-                try:
-                    staged.rename(target)
-                    target.chmod(0o555)
-                except OSError:
-                    if not target.is_dir():  # another process was first
-                        raise
-                sync_folder(target.parent)
+            for name in names:
+                (staged / name).chmod(0o444)
+            sync_tree(staged)
+            with placed(self._database, staged, digest):
+                pass
         return digest, target, size
 
     # what is known
 
     def bases(self) -> list[str]:
         """Every base that there are revisions for."""
-        with self._lock:
-            return [row[0] for row in self._db.execute("SELECT DISTINCT base FROM revisions ORDER BY base")]
+        return [row[0] for row in self._database.rows("SELECT DISTINCT base FROM revisions ORDER BY base")]
 
     def runs(self) -> dict[str, Run]:
-        """All runs of this base whose files are there."""
-        with self._lock:
-            found: dict[str, Run] = {}
-            for row in self._db.execute("SELECT run, pinned FROM runs WHERE base = ?", (self.base,)):
-                found[row[0]] = Run(row[0], pinned=bool(row[1]))
-            by_id: dict[int, Run] = {}
-            for row in self._db.execute(f"SELECT {_COLUMNS} FROM revisions WHERE base = ? ORDER BY id", (self.base,)):
-                revision = self._revision(row)
-                if revision.folder.is_dir():
-                    run = found.setdefault(revision.run, Run(revision.run))
-                    run.revisions[revision.id] = revision
-                    by_id[revision.id] = run
-            for revision_id, attempt in self._db.execute("SELECT revision, attempt FROM finishes ORDER BY id"):
-                if revision_id in by_id:
-                    by_id[revision_id].finishes.append(Finish(revision_id, attempt))
-            rows = self._db.execute("SELECT run, alias, revision FROM aliases WHERE base = ?", (self.base,))
-            for name, alias, revision_id in rows:
-                if revision_id in by_id:
-                    found[name].aliases[alias] = revision_id
-            return {name: run for name, run in found.items() if run.revisions}
+        """All runs of this base whose files are there; what lies in the trash is not."""
+        query, found = self._database.rows, dict[str, Run]()
+        for name, pinned in query("SELECT run, pinned FROM runs WHERE base = ?", (self.base,)):
+            found[name] = Run(name, pinned=bool(pinned))
+        by_id: dict[int, Run] = {}
+        there = f"SELECT {_COLUMNS} FROM revisions WHERE base = ? AND trashed IS NULL ORDER BY id"
+        for row in query(there, (self.base,)):
+            revision = self._revision(row)
+            if revision.folder.is_dir():
+                run = found.setdefault(revision.run, Run(revision.run))
+                run.revisions[revision.id] = revision
+                by_id[revision.id] = run
+        finishes = (
+            "SELECT f.revision, f.attempt FROM finishes f JOIN revisions r ON r.id = f.revision"
+            " WHERE r.base = ? ORDER BY f.id"
+        )
+        for revision_id, attempt in query(finishes, (self.base,)):
+            if revision_id in by_id:
+                by_id[revision_id].finishes.append(Finish(revision_id, attempt))
+        for name, alias, revision_id in query("SELECT run, alias, revision FROM aliases WHERE base = ?", (self.base,)):
+            if revision_id in by_id:
+                found[name].aliases[alias] = revision_id
+        return {name: run for name, run in found.items() if run.revisions}
+
+    def uid(self, revision: int) -> str:
+        """The unique id of a revision."""
+        uid: str = self._database.rows("SELECT uid FROM revisions WHERE id = ?", (revision,))[0][0]
+        return uid
 
     def add(
         self, run: str, kind: Label, digest: str, facts: Facts, *, rank: int, size: int, path: str, source: Source,
@@ -203,7 +120,7 @@ class Store:
             Refused: another content of the same step has the same first eight digits.
             Incomplete: its files were removed between `keep` and now, by someone who forgot the same content.
         """
-        with self._change() as db:
+        with self._database.change() as db:
             if not (self.home / "revisions" / digest).is_dir():
                 raise Incomplete(f"the files of {digest[:8]} were removed while they were taken in: try again")
             db.execute("INSERT OR IGNORE INTO runs (base, run) VALUES (?, ?)", (self.base, run))
@@ -213,9 +130,8 @@ class Store:
                 (self.base, run, kind, -1 if facts.step is None else facts.step, digest[:8]),
             ).fetchone()
             if named_alike and named_alike[1] != digest:
-                raise Refused(
-                    f"its name, {revision_name(run, kind, digest)}, is another's already: their digests begin alike"
-                )
+                name = revision_name(run, label_of(kind, facts.step), digest)
+                raise Refused(f"its name, {name}, is another's already: their digests begin alike")
             known = named_alike
             if known:
                 facts = facts.completed_by(Facts(**json.loads(known[2])))
@@ -223,15 +139,16 @@ class Store:
             if known:
                 revision_id = known[0]
                 db.execute(
-                    "UPDATE revisions SET facts = ?, rank = ?, size = ?, source = ?, repaired = ? WHERE id = ?",
+                    "UPDATE revisions SET facts = ?, rank = ?, size = ?, source = ?, repaired = ?, trashed = NULL"
+                    " WHERE id = ?",
                     (*values, revision_id),
                 )
             else:
                 revision_id = db.execute(
                     "INSERT INTO revisions"
-                    " (base, run, kind, step, digest, created, facts, rank, size, source, repaired)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (self.base, run, kind, facts.step, digest, time.time(), *values),
+                    " (base, run, kind, step, digest, created, uid, facts, rank, size, source, repaired)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (self.base, run, kind, facts.step, digest, time.time(), uuid.uuid4().hex, *values),
                 ).lastrowid
             db.execute(
                 "INSERT OR REPLACE INTO sources (base, run, path, signature, weights_signature) VALUES (?, ?, ?, ?, ?)",
@@ -249,19 +166,20 @@ class Store:
         return self._revision(row), finish
 
     def _attempt(self, db: sqlite3.Connection, run: str, kind: Label, step: int | None) -> int:
-        rows = db.execute(
-            "SELECT r.id, f.attempt, r.kind, r.step FROM finishes f JOIN revisions r ON r.id = f.revision"
-            " WHERE r.base = ? AND r.run = ? ORDER BY f.id",
-            (self.base, run),
-        ).fetchall()
-        revisions = {
-            id: Revision(id, run, kind_, "", Path(), Facts(step=step_), 0, 0, "", 0.0) for id, _, kind_, step_ in rows
-        }
-        return attempt_of(kind, step, [Finish(id, attempt) for id, attempt, _, _ in rows], revisions)
+        of_run = "FROM revisions r JOIN finishes f ON f.revision = r.id WHERE r.base = ? AND r.run = ?"
+        (last,) = db.execute(f"SELECT max(f.attempt) {of_run}", (self.base, run)).fetchone()
+        (largest,) = db.execute(
+            f"SELECT max(ifnull(r.step, 0)) {of_run} AND r.kind = 'step' AND f.attempt = ?", (self.base, run, last)
+        ).fetchone()
+        return attempt_of(kind, step, last, largest)
 
     def move_alias(self, run: str, alias: str, revision: int, why: str) -> None:
-        """Point an alias at a revision, and write it into the journal. The default alias has the empty name."""
-        with self._change() as db:
+        """Point an alias at a revision, and write it into the journal. The default alias has the empty name.
+
+        A revision that somebody put into the trash meanwhile is out of it again.
+        """
+        with self._database.change() as db:
+            db.execute("UPDATE revisions SET trashed = NULL WHERE id = ?", (revision,))
             db.execute(
                 "INSERT INTO aliases (base, run, alias, revision) VALUES (?, ?, ?, ?)"
                 " ON CONFLICT (base, run, alias) DO UPDATE SET revision = excluded.revision",
@@ -274,62 +192,53 @@ class Store:
 
     def previous(self, run: str, alias: str) -> int | None:
         """The revision that an alias pointed at before the one it points at now, if that is still there."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT m.revision FROM moves m JOIN revisions r ON r.id = m.revision"
-                " WHERE m.base = ? AND m.run = ? AND m.alias = ? ORDER BY m.id DESC",
-                (self.base, run, alias),
-            ).fetchall()
+        rows = self._database.rows(
+            "SELECT m.revision FROM moves m JOIN revisions r ON r.id = m.revision"
+            " WHERE m.base = ? AND m.run = ? AND m.alias = ? AND r.trashed IS NULL ORDER BY m.id DESC",
+            (self.base, run, alias),
+        )
         targets = [row[0] for row in rows]
         return next((target for target in targets if target != targets[0]), None) if targets else None
 
     def pin(self, run: str, pinned: bool) -> None:
         """Whether the default alias stays where it is, rather than following."""
-        with self._change() as db:
+        with self._database.change() as db:
             db.execute("UPDATE runs SET pinned = ? WHERE base = ? AND run = ?", (pinned, self.base, run))
 
     def forget(self, run: str) -> list[Path]:
         """Remove a run, its revisions and aliases: the folders that no other run needs, for the caller to delete."""
-        with self._change() as db:
+        with self._database.change() as db:
             digests = [
                 row[0]
                 for row in db.execute(
-                    "SELECT DISTINCT digest FROM revisions WHERE base = ? AND run = ?", (self.base, run)
+                    "SELECT DISTINCT digest FROM revisions WHERE base = ? AND run = ? AND trashed IS NULL",
+                    (self.base, run),
                 )
             ]
-            for table in ("aliases", "moves", "revisions", "runs"):
+            for table in ("aliases", "moves", "runs"):
                 db.execute(f"DELETE FROM {table} WHERE base = ? AND run = ?", (self.base, run))
-            kept = {row[0] for row in db.execute("SELECT DISTINCT digest FROM revisions")}
-        return [self.home / "revisions" / digest for digest in digests if digest not in kept]
+            db.execute("DELETE FROM revisions WHERE base = ? AND run = ? AND trashed IS NULL", (self.base, run))
+            unneeded = [digest for digest in digests if not is_needed(db, digest)]
+        return [self.home / "revisions" / digest for digest in unneeded]
 
     def remove_folder(self, folder: Path) -> None:
         """Delete a revision's files, unless a record needs them again by now."""
-        with self._change() as db:
-            if db.execute("SELECT 1 FROM revisions WHERE digest = ?", (folder.name,)).fetchone():
-                return
-            trash = self.home / "tmp" / f"gone-{uuid.uuid4().hex}"
-            try:
-                folder.chmod(0o755)
-                folder.rename(trash)
-            except FileNotFoundError:
-                return
-        shutil.rmtree(trash, ignore_errors=True)
+        remove_unneeded(self._database, folder)
 
     def remove_unknown(self) -> None:
-        """Delete the files of revisions that no record needs: what a server that was killed could not delete."""
-        for folder in (self.home / "revisions").iterdir():
+        """Delete the files that no record needs: what a server that was killed could not delete."""
+        for folder in unneeded_in(self._database):
             self.remove_folder(folder)
 
     # what was looked at
 
     def source(self, run: str, path: str) -> Source | None:
         """What a folder was like when it was last taken in for a run."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT signature, weights_signature FROM sources WHERE base = ? AND run = ? AND path = ?",
-                (self.base, run, path),
-            ).fetchone()
-        return Source(*row) if row else None
+        rows = self._database.rows(
+            "SELECT signature, weights_signature FROM sources WHERE base = ? AND run = ? AND path = ?",
+            (self.base, run, path),
+        )
+        return Source(*rows[0]) if rows else None
 
     def _revision(self, row: Any) -> Revision:
         id, run, kind, digest, facts, rank, size, source, created, repaired = row
@@ -344,7 +253,7 @@ _COLUMNS = "id, run, kind, digest, facts, rank, size, source, created, repaired"
 
 def bases_in(home: Path) -> list[str]:
     """The bases that a store holds revisions for; none when there is no store."""
-    if not (home / "store.sqlite3").is_file():
+    if not is_store(home):
         return []
     with open_store(home, "") as store:
         return store.bases()
@@ -352,8 +261,8 @@ def bases_in(home: Path) -> list[str]:
 
 @contextmanager
 def open_store(home: Path, base: str) -> Iterator[Store]:
-    """A store for as long as it is looked at."""
-    store = Store(home, base)
+    """A store for as long as it is looked at; one that can't be written can be looked at all the same."""
+    store = Store(home, base, or_read=True)
     try:
         yield store
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.checkpoints.finished import MARKERS, is_adapter, look_at
-from tests.folders import factors, linear_modules, write_adapter
+from lorakit.checkpoints.whole import progress
+from tests.checkpoints.writings import distributed_metadata, torch_bytes
+from tests.folders import factors, linear_modules, write_adapter, write_base
 
+LATER = 4 * 10**18  # nanoseconds
 WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "trainer_state.json"
 # transformers 5.23 with PEFT 0.21, rank 0 (facts/serving-and-checkpoints.md §2.1)
 TRAINER_ORDER = (
@@ -198,17 +202,150 @@ def test_safetensors_beside_a_pickle_are_used(done: Path, tmp_path: Path) -> Non
     assert state(folder) == "finished"
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", ".metadata"]
-)
-def test_a_regular_checkpoint_is_refused_with_the_command_that_helps(tmp_path: Path, file: str) -> None:
-    folder = tmp_path / "checkpoint-500"
-    folder.mkdir()
-    (folder / file).touch()
+def test_a_whole_model_is_judged_as_an_adapter_is(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "checkpoint-500")
     found = look_at(folder)
-    assert found.state == "refused"
-    assert f"lorakit extract '{folder}'" in found.reason
-    assert f"lorakit convert '{folder}'" in found.reason
+    assert (found.state, found.kind, found.writer) == ("whole", "regular", "transformers")
+    (folder / STATE).write_text('{"global_step": 500}')
+    os.utime(folder / STATE, ns=(LATER, LATER))
+    found = look_at(folder)
+    assert (found.state, found.kind, found.vouched_by) == ("finished", "regular", STATE)
+
+
+def test_the_progress_of_weights_is_told_in_their_own_unit(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "checkpoint-5")
+    (length,) = struct.unpack("<Q", (folder / WEIGHTS).read_bytes()[:8])
+    big = json.dumps({"w": {"dtype": "U8", "shape": [83_900_000], "data_offsets": [0, 83_900_000]}}).encode()
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", len(big)) + big)
+        file.truncate(4_100_000)
+    assert look_at(folder).reason == "adapter_model.safetensors: 4.1 of 83.9 MB"
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", length) + b"{")
+    assert look_at(folder).reason.startswith("adapter_model.safetensors: cut short: 9 bytes are there, and its header")
+
+
+@pytest.mark.parametrize(
+    ("there", "whole", "said"),
+    [
+        (0, 512, "0 of 512 bytes"),
+        (999, 1000, "999 of 1000 bytes"),
+        (99_999_999, 10**8, "99999999 of 100000000 bytes"),
+        (10**9 - 10**6, 10**9, "999.0 of 1000.0 MB"),
+        (5 * 10**8, 10**9, "0.5 of 1.0 GB"),
+    ],
+)
+def test_progress_in_words(there: int, whole: int, said: str) -> None:
+    assert progress(there, whole) == said
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "training_args.bin"]
+)
+def test_a_torch_file_without_its_end_is_cut_short(done: Path, tmp_path: Path, name: str) -> None:
+    folder = finish_by_hand(done, tmp_path / "checkpoint-500")
+    whole = torch_bytes({"state": 1})
+    for content in (b"", b"P", whole[:50], whole[:-1], bytes(len(whole))):
+        (folder / name).write_bytes(content)
+        os.utime(folder / name, ns=(1, 1))
+        found = look_at(folder)
+        assert found.state == "incomplete"
+        assert found.reason.startswith(f"{name}: cut short")
+    (folder / name).write_bytes(whole)
+    os.utime(folder / name, ns=(1, 1))
+    assert state(folder) == "finished"
+
+
+def test_another_ranks_file_may_come_after_the_last_of_the_first(done: Path, tmp_path: Path) -> None:
+    folder = finish_by_hand(done, tmp_path / "checkpoint-500")
+    before = look_at(folder).signature
+    (folder / "rng_state_1.pth").write_bytes(torch_bytes({"state": 1}))
+    os.utime(folder / "rng_state_1.pth", ns=(LATER, LATER))
+    assert state(folder) == "finished"
+    assert look_at(folder).signature != before
+    os.utime(folder / "optimizer.pt", ns=(LATER, LATER))
+    assert look_at(folder).reason == f"optimizer.pt is newer than {STATE}, its writer's last file"
+
+
+def test_a_temporary_file_that_is_newer_than_the_last_file_says_that_somebody_writes(
+    done: Path, tmp_path: Path
+) -> None:
+    folder = finish_by_hand(done, tmp_path / "checkpoint-500")
+    (folder / ".tmpAbCdEf").touch()
+    os.utime(folder / ".tmpAbCdEf", ns=(LATER, LATER))
+    assert (state(folder), look_at(folder).reason) == ("incomplete", ".tmpAbCdEf is being written")
+    os.utime(folder / ".tmpAbCdEf", ns=(1, 1))  # a killed writer left it, and another finished since
+    assert state(folder) == "finished"
+
+
+@pytest.mark.parametrize(
+    "name", ["tmp-checkpoint-500", ".tmp-500", "checkpoint-500.partial", "c.orbax-checkpoint-tmp-1"]
+)
+def test_a_folder_with_a_temporary_name_is_incomplete(done: Path, tmp_path: Path, name: str) -> None:
+    assert state(finish_by_hand(done, tmp_path / name)) == "incomplete"
+
+
+def test_what_belongs_to_another_user_is_told_with_the_cure(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finish_by_hand(done, tmp_path / "checkpoint-500")
+    opened = open
+
+    def denied(file: object, *more: object) -> object:
+        if str(file).endswith(WEIGHTS):
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("builtins.open", denied)
+    found = look_at(folder)
+    assert (found.state, found.signature) == ("incomplete", "")
+    for word in (WEIGHTS, "0600", "safetensors 0.8", "one user", "chmod"):
+        assert word in found.reason
+
+
+def test_what_lorakit_wrote_is_finished_whatever_its_times(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "mixed")
+    (folder / "lorakit.json").write_text("{}")
+    os.utime(folder / "lorakit.json", ns=(1, 1))
+    found = look_at(folder)
+    assert (found.state, found.writer, found.kind) == ("finished", "lorakit", "adapter")
+    (folder / "lorakit.json").write_text("{")
+    assert look_at(folder).state == "whole"
+
+
+def test_a_distributed_checkpoint_needs_every_file_that_its_metadata_names(tmp_path: Path) -> None:
+    folder = tmp_path / "step-5"
+    folder.mkdir()
+    (folder / "__0_0.distcp").write_bytes(bytes(64))
+    assert look_at(folder).reason == ".metadata is not there yet"
+    (folder / ".metadata").write_bytes(distributed_metadata(0)[:-3])
+    assert (state(folder), look_at(folder).reason) == ("incomplete", ".metadata is only partly there")
+    (folder / ".metadata").write_bytes(distributed_metadata(0))
+    assert look_at(folder).reason == "__1_0.distcp is not there yet"
+    (folder / "__1_0.distcp").write_bytes(bytes(40))
+    os.utime(folder / ".metadata", ns=(LATER, LATER))
+    assert look_at(folder).reason == "__1_0.distcp is cut short: 40 of 64 bytes"
+    (folder / "__1_0.distcp").write_bytes(bytes(64))
+    assert state(folder) == "finished"
+
+
+def test_an_earlier_step_of_deepspeed_is_finished_when_latest_names_a_later_one(tmp_path: Path) -> None:
+    for step in (8, 16):
+        folder = tmp_path / f"global_step{step}"
+        folder.mkdir()
+        (folder / "mp_rank_00_model_states.pt").write_bytes(torch_bytes({"module": {}}))
+    assert state(tmp_path / "global_step8") == "whole"
+    (tmp_path / "latest").write_text("global_step8")
+    os.utime(tmp_path / "latest", ns=(LATER, LATER))
+    assert [state(tmp_path / f"global_step{step}") for step in (8, 16)] == ["finished", "whole"]
+    (tmp_path / "latest").write_text("global_step16\n")
+    os.utime(tmp_path / "latest", ns=(LATER, LATER))
+    assert [state(tmp_path / f"global_step{step}") for step in (8, 16)] == ["finished", "finished"]
+
+
+def test_links_that_go_round_are_no_error(done: Path, tmp_path: Path) -> None:
+    folder = finish_by_hand(done, tmp_path / "checkpoint-500")
+    (folder / "pytorch_model_fsdp_0").symlink_to(folder)
+    assert look_at(folder).reason
 
 
 def test_an_adapter_with_the_models_own_files_beside_it_is_an_adapter(done: Path, tmp_path: Path) -> None:
@@ -242,3 +379,22 @@ def test_a_weights_folder_is_incomplete(done: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).mkdir()
     assert state(folder) == "incomplete"
+
+
+def test_the_checkpoints_in_a_run_are_no_part_of_what_is_in_its_root(done: Path, tmp_path: Path) -> None:
+    root = finish_by_hand(done, tmp_path / "sql")
+    before = look_at(root)
+    later = write_adapter(root / "checkpoint-600")
+    os.utime(later / WEIGHTS, ns=(LATER, LATER))
+    assert look_at(root) == before
+    assert before.state == "finished"
+
+
+def test_every_adapter_of_a_checkpoint_has_to_be_whole(done: Path, tmp_path: Path) -> None:
+    folder = finish_by_hand(done, tmp_path / "checkpoint-500")
+    second = write_adapter(folder / "second")
+    for file in second.iterdir():
+        os.utime(file, ns=(1, 1))
+    assert state(folder) == "finished"
+    (second / WEIGHTS).write_bytes(b"cut")
+    assert look_at(folder).reason.startswith("second/adapter_model.safetensors: cut short")

@@ -107,6 +107,16 @@ def test_a_field_that_is_none_is_not_passed_over() -> None:
     assert admitted([], [parse_filter("eval_accuracy>1")]) == []
 
 
+def test_a_mistyped_word_is_answered_with_the_nearest_field() -> None:
+    with pytest.raises(UsageError, match="did you mean 'state'"):
+        parse_filter("stat=finished")
+
+
+def test_stalled_ones_are_found_by_their_state() -> None:
+    rows = [row(1), row(2, state="stalled"), row(3, state="incomplete")]
+    assert steps(admitted(rows, [parse_filter("state=stalled")])) == [2]
+
+
 def test_unknown_values_come_last_in_both_directions_and_nan_before_them() -> None:
     assert steps(in_order(LOSSES, "eval_loss")) == [5, 3, 1, 2, 4]
     assert steps(in_order(LOSSES, "eval_loss:asc")) == [5, 3, 1, 2, 4]

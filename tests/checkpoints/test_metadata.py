@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import run as run_program
@@ -15,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.checkpoints import metadata
-from lorakit.checkpoints.finished import is_adapter, look_at
+from lorakit.checkpoints import finished
+from lorakit.checkpoints.finished import STALLED, Look, look_at
 from lorakit.checkpoints.metadata import (
     Metadata,
     checkpoints_in,
@@ -25,10 +26,12 @@ from lorakit.checkpoints.metadata import (
     newest_finished,
     stored_by_path,
 )
+from lorakit.checkpoints.places import LocalPlace
 from lorakit.errors import NotFound
 from lorakit.merge.base import read_base
 from lorakit.server.intake import take_in
 from lorakit.store.store import Store
+from tests.checkpoints.writings import distributed_metadata
 from tests.checkpoints.written import evaluated, finish, write_checkpoint, write_model_checkpoint
 from tests.folders import write_adapter, write_base
 
@@ -151,9 +154,10 @@ def test_a_state_of_another_step_does_not_finish_a_whole_model(tmp_path: Path) -
 def test_a_distributed_checkpoint_is_finished_by_its_metadata_alone(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
-    (folder / "__0_0.distcp").touch()
-    assert (only(folder).kind, only(folder).state) == (None, "incomplete")
-    (folder / ".metadata").touch()
+    for rank in (0, 1):
+        (folder / f"__{rank}_0.distcp").write_bytes(bytes(64))
+    assert (only(folder).kind, only(folder).state) == ("regular", "incomplete")
+    (folder / ".metadata").write_bytes(distributed_metadata(0))
     assert (only(folder).kind, only(folder).state) == ("regular", "finished")
 
 
@@ -173,15 +177,17 @@ def test_a_folder_of_someone_else_hides_no_other(tmp_path: Path, monkeypatch: py
     for step in (5, 6):
         write_checkpoint(tmp_path / "sql" / f"checkpoint-{step}")
 
-    def denied(folder: Path) -> bool:
-        if folder.name == "checkpoint-6":
-            raise PermissionError(13, "Permission denied", str(folder))
-        return is_adapter(folder)
+    judged = finished._judged
 
-    monkeypatch.setattr(metadata, "is_adapter", denied)
+    def denied(place: LocalPlace, path: Path) -> Look:
+        if path.name == "checkpoint-6":
+            raise PermissionError(13, "Permission denied", str(path))
+        return judged(place, path)
+
+    monkeypatch.setattr(finished, "_judged", denied)
     one, other = listed(tmp_path)
     assert (one.state, other.state, other.step) == ("finished", "incomplete", 6)
-    assert "Permission denied" in (other.reason or "")
+    assert "permission denied" in (other.reason or "")
     assert newest_finished(tmp_path / "sql").step == 5
 
 
@@ -193,6 +199,34 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 
 def test_what_only_time_could_call_finished_is_incomplete(tmp_path: Path) -> None:
     assert only(write_adapter(tmp_path / "chat")).reason == "nothing says yet that its writer is done"
+
+
+@pytest.fixture
+def an_hour_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = time.time() + 2.3 * STALLED
+    monkeypatch.setattr("time.time", lambda: later)
+
+
+def test_what_stays_unfinished_for_an_hour_is_stalled(tmp_path: Path, an_hour_later: None) -> None:
+    folder = write_checkpoint(tmp_path / "sql" / "checkpoint-5")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    os.utime(weights, (1, 1))  # as a copy that keeps its source's times: it was put there just now
+    row = only(folder)
+    assert row.state == "stalled"
+    assert (row.reason or "").endswith(" bytes; nothing was written for 2.3 h")
+    (tmp_path / "sql" / "checkpoint-6").mkdir()
+    assert [row.state for row in listed(tmp_path / "sql")] == ["stalled", "stalled"]
+
+
+def test_what_is_whole_finished_or_still_written_to_is_not_stalled(tmp_path: Path, an_hour_later: None) -> None:
+    whole, done = write_adapter(tmp_path / "whole"), write_checkpoint(tmp_path / "done")
+    growing = write_checkpoint(tmp_path / "growing" / "checkpoint-5")
+    (growing / "adapter_config.json").unlink()
+    (growing / "global_step5").mkdir()
+    (growing / "global_step5" / "rank_0.pt").touch()
+    os.utime(growing / "global_step5" / "rank_0.pt", (time.time(), time.time()))
+    assert [only(folder).state for folder in (whole, done, growing)] == ["incomplete", "finished", "incomplete"]
 
 
 def test_what_lorakit_wrote_appeared_whole(tmp_path: Path) -> None:

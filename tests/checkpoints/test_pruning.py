@@ -18,7 +18,7 @@ from lorakit.checkpoints.retention import KeepBest, KeepEvery, KeepLast, Policy,
 from lorakit.errors import LorakitError, NotFound
 from lorakit.store.catalog import Facts
 from lorakit.store.store import Source, Store
-from tests.folders import factors, linear_modules, write_adapter
+from tests.folders import factors, linear_modules, write_adapter, write_base
 
 SMALL = factors(linear_modules(1))
 START = time.time() - 100_000
@@ -158,19 +158,18 @@ def test_what_is_of_no_known_kind_stays_however_old(run: Path, file: str) -> Non
 def test_an_adapter_that_cant_be_read_stays_however_old(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(run, 50, done=False)
 
-    def fails(file: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(file))
+    def fails(place: object, name: str) -> None:
+        raise PermissionError(13, "Permission denied", name)
 
-    monkeypatch.setattr("lorakit.checkpoints.finished.read_header", fails)
+    monkeypatch.setattr("lorakit.checkpoints.finished.what_is_cut_short", fails)
     assert 50 not in going(run, later=10 * ABANDONED)
 
 
 def test_a_regular_checkpoint_goes_when_its_writers_last_file_says_that_it_was_done(run: Path) -> None:
     for step in (10, 20):
-        folder = run / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"m" * 50)
-        os.utime(folder / "model.safetensors", (START, START))
+        folder = write_base(run / f"checkpoint-{step}")
+        for file in folder.iterdir():
+            os.utime(file, (START, START))
     (run / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10}')
     os.utime(run / "checkpoint-10" / "trainer_state.json", (START + 1, START + 1))
     assert going(run, later=10 * ABANDONED) == [10, 100, 200, 300, 400]
@@ -254,7 +253,8 @@ def test_what_goes_is_gone_and_nothing_else_is_touched(run: Path) -> None:
 @pytest.mark.parametrize(
     ("meanwhile", "why"),
     [
-        (lambda run: (run / "checkpoint-100" / "optimizer.pt").write_bytes(b"x"), "written to"),
+        (lambda run: (run / "checkpoint-100" / "optimizer.pt").write_bytes(b"x"), "optimizer.pt is newer"),
+        (lambda run: (run / "checkpoint-100" / "README.md").write_bytes(b"x"), "written to"),
         (lambda run: (run / "checkpoint-100" / "note").touch(), "written to"),
         (lambda run: (run / "checkpoint-100" / "checkpoint-is-incomplete.txt").touch(), "still writing"),
         (lambda run: shutil.rmtree(run / "checkpoint-100"), "gone already"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from lorakit.checkpoints.runs import Candidate, candidates_of, find_candidates
+from lorakit.checkpoints.metadata import metadata_of, newest_finished
+from lorakit.checkpoints.runs import Candidate, candidates_of, checkpoints_in, find_candidates
+from tests.checkpoints.writings import WRITINGS, Disk, torch_bytes
 
 
 def put(*folders: Path) -> None:
@@ -103,3 +107,85 @@ def test_a_folder_that_was_named_is_a_run_an_adapter_or_one_checkpoint(tmp_path:
     assert candidates_of(one, "x") == [Candidate(one, "x", "step", 5)]
     plain = adapter(tmp_path / "plain")
     assert candidates_of(plain, "x") == [Candidate(plain, "x", "plain")]
+
+
+def torch_file(file: Path, value: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(torch_bytes(value))
+
+
+def listed(folder: Path) -> list[tuple[str, int | None]]:
+    """The ids and steps that commands see."""
+    return [(row.id, row.step) for row in map(metadata_of, checkpoints_in(folder))]
+
+
+def test_commands_see_the_checkpoints_of_every_writer_in_the_order_of_steps(tmp_path: Path) -> None:
+    for name, places in {
+        "torchtune": ("epoch_10", "epoch_9"), "litgpt": ("step-000500", "step-001000", "final"),
+        "DeepSpeed": ("global_step16", "global_step8"), "distributed": ("step-90", "step-500"),
+        "adapter": ("checkpoint-500", "model_checkpoint-500"),
+    }.items():  # fmt: skip
+        writing = WRITINGS[name]
+        for place in places:
+            disk = Disk(tmp_path / name.lower() / place)
+            for each in (*writing.first, *(other for rank in writing.others for other in rank)):
+                disk.file(each).write_bytes(writing.bytes_of(each, 0))
+    assert listed(tmp_path / "torchtune") == [("torchtune@epoch_9", None), ("torchtune@epoch_10", None)]
+    assert listed(tmp_path / "litgpt") == [
+        ("litgpt@step-500", 500), ("litgpt@step-1000", 1000), ("litgpt@final", None),
+    ]  # fmt: skip
+    assert listed(tmp_path / "deepspeed") == [("deepspeed@step-8", 8), ("deepspeed@step-16", 16)]
+    assert listed(tmp_path / "distributed") == [("distributed@step-90", 90), ("distributed@step-500", 500)]
+    assert listed(tmp_path / "adapter") == [("adapter@model-step-500", 500), ("adapter@step-500", 500)]
+    assert newest_finished(tmp_path / "adapter").folder.name == "checkpoint-500"
+    assert len(listed(tmp_path)) == 11
+    assert listed(tmp_path / "deepspeed" / "global_step8") == [("deepspeed@step-8", 8)]
+
+
+def test_what_only_has_a_name_with_a_step_is_no_checkpoint(tmp_path: Path) -> None:
+    put(tmp_path / "run" / "step-5", tmp_path / "run" / "epoch_1", tmp_path / "run" / "final")
+    (tmp_path / "run" / "step-5" / "notes.txt").touch()
+    assert listed(tmp_path / "run") == []
+
+
+def test_a_deepspeed_step_inside_a_checkpoint_is_a_part_of_it(tmp_path: Path) -> None:
+    writing = WRITINGS["adapter with DeepSpeed's state"]
+    disk = Disk(tmp_path / "run" / "checkpoint-500")
+    for each in (*(other for rank in writing.others for other in rank), *writing.first):
+        disk.file(each).write_bytes(writing.bytes_of(each, 0))
+    assert listed(tmp_path / "run") == [("run@step-500", 500)]
+    assert listed(disk.folder) == [("run@step-500", 500)]
+
+
+def test_files_are_checkpoints_by_the_step_in_their_names_or_in_themselves(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    weights = {"state_dict": {"w": torch.zeros(2)}}
+    for name, value in {
+        "epoch=1-step=16-val_loss=1.01.ckpt": weights, "last.ckpt": {**weights, "global_step": 24, "epoch": 2},
+        "checkpoint_8.pt": weights, "best.pth": weights, "notes.bin": weights, "optimizer.pt": weights,
+    }.items():  # fmt: skip
+        torch_file(run / name, value)
+    (run / "latest.ckpt").symlink_to("last.ckpt")
+    assert listed(run) == [("run@best", None), ("run@step-8", 8), ("run@step-16", 16), ("run@last", 24)]
+    assert newest_finished(run).folder == run / "last.ckpt"
+    assert listed(run / "last.ckpt") == [("run@last", 24)]
+
+
+def test_files_beside_runs_hide_no_run(tmp_path: Path) -> None:
+    torch_file(tmp_path / "model.pt", {"w": torch.zeros(2)})
+    put(tmp_path / "sql" / "checkpoint-5")
+    assert [id for id, _ in listed(tmp_path)] == [f"{tmp_path.name}@model", "sql@step-5"]
+
+
+def test_files_of_a_checkpoint_are_no_checkpoints(tmp_path: Path) -> None:
+    adapter(tmp_path / "chat")
+    torch_file(tmp_path / "chat" / "extra.pt", {"w": torch.zeros(2)})
+    assert [id for id, _ in listed(tmp_path)] == ["chat"]
+
+
+def test_the_server_knows_no_other_runs_than_those_with_checkpoint_folders(tmp_path: Path) -> None:
+    writing = WRITINGS["litgpt"]
+    for each in writing.first:
+        Disk(tmp_path / "lit" / "step-500").file(each).write_bytes(writing.bytes_of(each, 0))
+    put(tmp_path / "sql" / "checkpoint-5", tmp_path / "sql" / "model_checkpoint-5")
+    assert found(tmp_path) == [("sql", "step", 5)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.store.catalog import Facts
+from lorakit.store.kept import Described, keep_checkpoint
 from tests.checkpoints.written import evaluated, write_checkpoint
 from tests.cli.commands import lorakit
 
@@ -51,3 +53,17 @@ def test_where_there_is_none_stdout_is_empty_and_the_reason_said(capsys: Capture
     assert lorakit(capsys, "best", run.parent).code == 3
     ended = lorakit(capsys, "best", run, "--metric", "bleu", "--mode", "max")
     assert (ended.code, "there are eval_accuracy" in ended.err) == (3, True)
+
+
+def test_a_run_that_only_the_store_knows(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    kept = []
+    for step, loss in ((100, 1.0), (200, 2.0)):
+        described = Described("adapter", "transformers", step, Facts(step=step, eval_loss=loss, eval_step=step))
+        source = write_checkpoint(tmp_path / f"old-{step}", seed=step)
+        kept.append(keep_checkpoint(tmp_path / "home", source, described, run="old", unchanged=lambda: True))
+    ended = lorakit(capsys, "best", "old")
+    assert (ended.code, ended.out, ended.err) == (0, f"{kept[0].folder}\n", "")
+    assert json.loads(lorakit(capsys, "best", "old", "--json").out)["id"] == kept[0].id
+    ended = lorakit(capsys, "best", "olt")
+    assert (ended.code, ended.out, "did you mean 'old'?" in ended.err) == (3, "", True)

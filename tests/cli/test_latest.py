@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.store.catalog import Facts
+from lorakit.store.kept import Described, keep_checkpoint
 from tests.checkpoints.written import write_checkpoint, write_model_checkpoint
 from tests.cli.commands import lorakit
 from tests.folders import write_adapter
@@ -60,3 +62,17 @@ def test_where_there_is_none_stdout_is_empty_and_the_reason_said(
     ended = lorakit(capsys, "latest", tmp_path / name)
     assert (ended.code, ended.out) == (3, "")
     assert reason in ended.err
+
+
+def test_a_run_that_only_the_store_knows(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    kept = []
+    for step, loss in ((100, 1.0), (200, 2.0)):
+        described = Described("adapter", "transformers", step, Facts(step=step, eval_loss=loss, eval_step=step))
+        source = write_checkpoint(tmp_path / f"old-{step}", seed=step)
+        kept.append(keep_checkpoint(tmp_path / "home", source, described, run="old", unchanged=lambda: True))
+    ended = lorakit(capsys, "latest", "old")
+    assert (ended.code, ended.out, ended.err) == (0, f"{kept[1].folder}\n", "")
+    assert json.loads(lorakit(capsys, "latest", "old", "--json").out)["id"] == kept[1].id
+    ended = lorakit(capsys, "latest", "olt")
+    assert (ended.code, ended.out, "did you mean 'old'?" in ended.err) == (3, "", True)

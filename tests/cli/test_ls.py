@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from lorakit.store.catalog import Facts
+from lorakit.store.kept import Described, Kept, keep_checkpoint
 from lorakit.store.store import Store
 from tests.checkpoints.written import evaluated, write_checkpoint, write_model_checkpoint
 from tests.cli.commands import lorakit
@@ -134,3 +139,87 @@ def test_aliases_come_from_the_store(
     (row,) = json.loads(lorakit(capsys, "ls", runs, "--filter", "aliases=prod", "--json").out)
     assert (row["id"], row["digest"], set(row["aliases"])) == (taken.name, taken.digest, {"latest", "best", "prod"})
     assert sorted(os.listdir(runs / "sql")) == before
+
+
+@pytest.fixture
+def kept(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Kept]:
+    """What was kept of a run that is no longer on disk, and one of another."""
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    found = []
+    for run, step, loss in (("old", 100, 1.5), ("old", 200, 1.0), ("other", 5, 3.0)):
+        facts = Facts(step=step, eval_loss=loss, eval_step=step)
+        described = Described("adapter", "transformers", step, facts, "org/llama", 2)
+        source = write_checkpoint(tmp_path / f"{run}-{step}", seed=step)
+        found.append(keep_checkpoint(tmp_path / "home", source, described, run=run, unchanged=lambda: True))
+    return found
+
+
+def test_a_run_that_only_the_store_knows(capsys: Capture, kept: list[Kept]) -> None:
+    rows = json.loads(lorakit(capsys, "ls", "old", "--json").out)
+    assert all(list(row) == KEYS for row in rows)
+    assert [row["id"] for row in rows] == [kept[0].id, kept[1].id]
+    assert (rows[1]["path"], rows[1]["aliases"]) == (str(kept[1].folder), ["latest", "best"])
+    assert (rows[1]["eval_loss"], rows[1]["state"], rows[1]["digest"]) == (1.0, "finished", kept[1].digest)
+
+
+def test_all_that_the_store_keeps(capsys: Capture, kept: list[Kept], runs: Path) -> None:
+    ended = lorakit(capsys, "ls", "--store")
+    assert [line.split()[0] for line in ended.out.splitlines()[1:]] == [one.id for one in kept]
+    ended = lorakit(capsys, "ls", "--store", "other")
+    assert [line.split()[0] for line in ended.out.splitlines()[1:]] == [kept[2].id]
+    ids = [row["id"] for row in json.loads(lorakit(capsys, "ls", runs / "sql", "other", "--json").out)]
+    assert ids == ["sql@step-100", "sql@step-200", "sql@step-300", kept[2].id]
+
+
+def test_one_that_lost_its_content_is_listed_with_the_reason_among_the_others(
+    capsys: Capture, kept: list[Kept]
+) -> None:
+    kept[1].folder.chmod(0o755)
+    for file in kept[1].folder.iterdir():
+        file.unlink()
+    ended = lorakit(capsys, "ls", "--store")
+    assert ended.code == 0
+    states = [word for word in ended.out.split() if word in ("finished", "refused")]
+    assert states == ["finished", "refused", "finished"]
+    assert f"{kept[1].id} is refused: '{kept[1].folder}' is empty: `lorakit store verify`" in ended.err
+    for verb in ("show", "latest"):
+        assert (lorakit(capsys, verb, "old").code, lorakit(capsys, verb, "other").code) == (4, 0)
+    assert lorakit(capsys, "best", "old").out == f"{kept[0].folder}\n"
+
+
+def test_a_name_that_was_given_in_the_run_is_an_alias(capsys: Capture, runs: Path) -> None:
+    (runs / "sql" / "before-lr-drop").symlink_to("checkpoint-200")
+    (row,) = json.loads(lorakit(capsys, "ls", runs / "sql", "--filter", "aliases=before-lr-drop", "--json").out)
+    assert (row["id"], row["aliases"]) == ("sql@step-200", ["before-lr-drop"])
+    shown = lorakit(capsys, "show", runs / "sql" / "checkpoint-200").out
+    assert "aliases          before-lr-drop\n" in shown
+
+
+def test_what_neither_disk_nor_store_knows_is_answered_with_the_nearest(capsys: Capture, kept: list[Kept]) -> None:
+    ended = lorakit(capsys, "ls", "othr")
+    assert (ended.code, ended.out) == (3, "")
+    assert "did you mean 'other'?" in ended.err
+
+
+def test_a_filter_by_a_field_that_there_is_not_names_the_nearest(capsys: Capture, runs: Path) -> None:
+    ended = lorakit(capsys, "ls", runs, "--filter", "eval_los<1")
+    assert (ended.code, "did you mean 'eval_loss'?" in ended.err) == (2, True)
+
+
+def test_a_single_file_is_listed(capsys: Capture, tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": 7}, tmp_path / "model.ckpt")
+    (row,) = json.loads(lorakit(capsys, "ls", tmp_path / "model.ckpt", "--json").out)
+    assert (row["step"], row["kind"], row["path"]) == (7, "regular", str(tmp_path / "model.ckpt"))
+
+
+def test_on_a_narrow_terminal_numbers_and_ids_stay_whole(runs: Path) -> None:
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "lorakit", "ls", str(runs / "sql")]
+    subprocess.run(command, stdout=slave, stderr=slave, check=True, env=environment, timeout=60)
+    os.close(slave)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert all(id in shown for id in ("sql@step-100", "sql@step-200", "sql@step-300", "finished"))

@@ -9,6 +9,9 @@ import sys
 import pytest
 
 from lorakit.cli.main import VERBS
+from lorakit.cli.shared import note
+from lorakit.errors import Refused
+from lorakit.store import store
 from tests.cli.commands import lorakit
 
 
@@ -39,6 +42,31 @@ def test_errors_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     error = json.loads(ended.out)["error"]
     assert (error["type"], error["code"]) == ("NotFound", 3)
     assert error["message"] == "there is no adapter folder '/no/such/adapter', and no such name in the store"
+
+
+def test_what_an_error_names_gives_a_terminal_no_orders(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise Refused("'\x1b[2J\x00' is no adapter:\nread on")
+
+    monkeypatch.setattr(store, "default_home", fail)
+    ended = lorakit(capsys, "store", "path")
+    assert (ended.code, ended.err) == (4, "error: '\\x1b[2J\\x00' is no adapter:\nread on\n")
+    note("note: \x1b[31m")
+    assert capsys.readouterr().err == "note: \\x1b[31m\n"
+    assert json.loads(lorakit(capsys, "store", "path", "--json").out)["error"]["message"].startswith("'\x1b[2J\0'")
+
+
+def test_what_may_not_be_read_or_written_is_said_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise PermissionError(13, "Permission denied", "/closed")
+
+    monkeypatch.setattr(store, "default_home", fail)
+    ended = lorakit(capsys, "store", "path")
+    assert (ended.code, "no permission for '/closed'" in ended.err, "Errno" in ended.err) == (1, True, False)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.checkpoints.written import finish
 from tests.cli.commands import lorakit
 from tests.folders import base_tensors, factors, leftovers, linear_modules, stored
 
@@ -148,12 +149,15 @@ def test_an_out_that_exists_ends_with_5_and_is_kept(capsys: Capture, adapter: Pa
     assert not leftovers(tmp_path)
 
 
-def test_a_run_is_answered_with_its_newest_checkpoint(capsys: Capture, adapter: Path, tmp_path: Path) -> None:
+def test_a_run_is_merged_as_its_newest_finished_checkpoint(capsys: Capture, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    adapter.rename(tmp_path / "run" / "checkpoint-30")
-    ended = lorakit(capsys, "merge", tmp_path / "run", "--out", tmp_path / "out")
-    assert ended.code == 4
-    assert f"the newest is '{tmp_path / 'run' / 'checkpoint-30'}'" in ended.err
+    newest = finish(adapter.rename(tmp_path / "run" / "checkpoint-30"))
+    ended = lorakit(capsys, "merge", tmp_path / "run", "--out", tmp_path / "out", "--json")
+    assert ended.code == 0
+    assert "note: " in ended.err
+    assert "its newest finished checkpoint is checkpoint-30" in ended.err
+    parents = json.loads((tmp_path / "out" / "lorakit.json").read_text())["parents"]
+    assert str(newest) in [parent["path"] for parent in parents]
 
 
 def test_a_merge_needs_neither_peft_nor_transformers(adapter: Path, tmp_path: Path) -> None:

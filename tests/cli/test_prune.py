@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.cli.prune import bytes_of, seconds
-from lorakit.errors import UsageError
 from tests.checkpoints.test_pruning import put
 from tests.cli.commands import lorakit
 
@@ -129,27 +127,45 @@ def test_the_store_may_be_named(capsys: Capture, run: Path, tmp_path: Path) -> N
     assert steps(run) == ["checkpoint-100", "checkpoint-300"]
 
 
-@pytest.mark.parametrize(
-    ("said", "value"), [("90s", 90), ("1.5h", 5400), ("7d", 604_800), ("2w", 1_209_600), (" 5 m ", 300)]
-)
-def test_times_may_be_written_short(said: str, value: float) -> None:
-    assert seconds(said) == value
+def test_a_file_says_it_too_and_the_options_keep_more(capsys: Capture, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "keep.yaml").write_text("keep_best: 1\n")
+    ended = lorakit(capsys, "prune", run, "--config", tmp_path / "keep.yaml", "--keep-every", 100, "--dry-run")
+    assert ended.code == 0
+    assert all("a multiple of 100 steps" in row for row in ended.out.splitlines()[1:])
+    ended = lorakit(capsys, "prune", run, "--config", tmp_path / "keep.yaml", "-y")
+    assert ended.code == 0
+    assert steps(run) == ["checkpoint-200", "checkpoint-300"]
 
 
-@pytest.mark.parametrize(
-    ("said", "value"), [("20GB", 20 * 10**9), ("1.5 MiB", 3 << 19), ("12", 12), ("3kb", 3000), ("1TB", 10**12)]
-)
-def test_sizes_may_be_written_short(said: str, value: int) -> None:
-    assert bytes_of(said) == value
+def test_of_two_sizes_the_larger_counts_and_the_newest_is_spared_unless_either_says_so(
+    capsys: Capture, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "keep.yaml").write_text("keep_last: 0\nmax_bytes: 1kB\n")
+    lorakit(capsys, "prune", run, "--config", tmp_path / "keep.yaml", "--max-bytes", "1GB", "-y")
+    assert len(steps(run)) == 3
+    lorakit(capsys, "prune", run, "--config", tmp_path / "keep.yaml", "--keep-best", 1, "-y")
+    assert steps(run) == ["checkpoint-200"]
 
 
-@pytest.mark.parametrize("said", ["", "d", "7", "-7d", "1.2.3d", "0d", "7 days", "nand", "٣d"])
-def test_what_is_no_time_is_refused(said: str) -> None:
-    with pytest.raises(UsageError, match="is no time"):
-        seconds(said)
+def test_a_file_with_a_mistake_removes_nothing(capsys: Capture, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "keep.yaml").write_text("keep_lats: 1\n")
+    ended = lorakit(capsys, "prune", run, "--config", tmp_path / "keep.yaml", "-y")
+    assert ended.code == 2
+    assert "unknown key 'keep_lats'; did you mean 'keep_last'?" in ended.err
+    assert lorakit(capsys, "prune", run, "--config", tmp_path / "none.yaml", "-y").code == 3
+    assert len(steps(run)) == 3
 
 
-@pytest.mark.parametrize("said", ["", "GB", "0GB", "0.1B", "-1GB", "1.2.3GB", "1XB", "infGB"])
-def test_what_is_no_size_is_refused(said: str) -> None:
-    with pytest.raises(UsageError, match="is no size"):
-        bytes_of(said)
+def test_what_goes_to_the_trash_can_be_taken_back_as_it_was(
+    capsys: Capture, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ended = lorakit(capsys, "prune", run, "--keep-last", 1, "--trash", "-y", "--json")
+    said = json.loads(ended.out)
+    assert said["removed"] == list(said["trash"]) == ["checkpoint-100", "checkpoint-200"]
+    assert f"lorakit undelete {run}/checkpoint-200" in ended.err
+    assert steps(run) == [".lorakit", "checkpoint-300"]
+    for meant in (run / "checkpoint-100", said["trash"]["checkpoint-200"]):
+        assert lorakit(capsys, "undelete", meant).code == 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

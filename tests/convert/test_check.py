@@ -26,17 +26,25 @@ def verdict(folder: Path, base: BaseModel, tensors: Any = None, *, max_rank: int
 
 
 def only(found: Verdict) -> str:
-    (problem,) = found.problems
+    """The one problem, which has a cure."""
+    (check,) = (check for check in found.checks if check.ok is False)
     assert found.repairs == ()
+    assert check.cure
+    (problem,) = found.problems
+    assert problem == f"{check.reason}: {check.cure}"
     return problem
 
 
+def is_fine(found: Verdict) -> bool:
+    return found.problems == found.repairs == () and not found.rename and all(check.ok for check in found.checks)
+
+
 def test_a_plain_lora_is_fine_as_it_is(tmp_path: Path, base: BaseModel) -> None:
-    assert verdict(tmp_path, base) == Verdict()
+    assert is_fine(verdict(tmp_path, base))
 
 
 def test_rslora_and_a_part_of_the_layers_are_fine(tmp_path: Path, base: BaseModel) -> None:
-    assert verdict(tmp_path, base, factors({Q: (8, 8)}), use_rslora=True) == Verdict()
+    assert is_fine(verdict(tmp_path, base, factors({Q: (8, 8)}), use_rslora=True))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,7 @@ def test_a_config_that_leaves_out_what_vllm_wants_is_repaired(tmp_path: Path, ba
 def test_pefts_copy_of_the_bases_embedding_is_no_news(tmp_path: Path, base: BaseModel) -> None:
     copy = base_tensors()["model.embed_tokens.weight"]
     tensors = {**factors({Q: (8, 8)}), "base_model.model.model.embed_tokens.base_layer.weight": copy}
-    assert verdict(tmp_path, base, tensors) == Verdict()
+    assert is_fine(verdict(tmp_path, base, tensors))
 
 
 @pytest.mark.parametrize("shape", [(17, 8), (16, 8)])
@@ -140,11 +148,13 @@ def test_whole_numbers_are_refused(tmp_path: Path, base: BaseModel) -> None:
 def test_everything_wrong_is_said_at_once(tmp_path: Path, base: BaseModel) -> None:
     found = verdict(tmp_path, base, factors({"nowhere": (8, 8)}, rank=4), rank=4, use_dora=True, max_rank=2)
     assert len(found.problems) == 3
+    assert {check.name for check in found.checks if check.ok is False} == {"features", "rank", "modules"}
+    assert found.applied == 0
 
 
 def test_the_whole_adapter_is_checked_against_a_sharded_base(tmp_path: Path) -> None:
     base = read_base(write_base(tmp_path / "base", shards=3))
-    assert verdict(tmp_path, base, factors(linear_modules())) == Verdict()
+    assert is_fine(verdict(tmp_path, base, factors(linear_modules())))
 
 
 def test_a_conv1d_of_gpt2_is_stored_the_other_way_round_and_its_embedding_is_not(tmp_path: Path) -> None:
@@ -168,7 +178,24 @@ def test_a_copy_of_the_bases_rows_in_another_dtype_is_still_a_copy(tmp_path: Pat
     base = read_base(write_base(tmp_path / "half", base_tensors(dtype="float16")))
     rows = base_tensors(dtype="float16")["model.embed_tokens.weight"].astype("float32")
     copied = {"base_model.model.model.embed_tokens.base_layer.weight": rows}
-    assert verdict(tmp_path / "same", base, {**factors(linear_modules()), **copied}) == Verdict()
+    assert is_fine(verdict(tmp_path / "same", base, {**factors(linear_modules()), **copied}))
     copied = {"base_model.model.model.embed_tokens.base_layer.weight": rows + 1}
     other = verdict(tmp_path / "other", base, {**factors(linear_modules()), **copied})
     assert "differs from the base's" in only(other)
+
+
+def test_without_a_base_the_rest_is_judged_and_what_needs_one_is_unknown(tmp_path: Path) -> None:
+    found = check_adapter(load_adapter(write_adapter(tmp_path / "a")), None)
+    assert (found.problems, found.applied) == ((), None)
+    assert {check.name for check in found.checks if check.ok is None} == {"modules", "shapes"}
+    wrong = check_adapter(load_adapter(write_adapter(tmp_path / "b", use_dora=True)), None, max_rank=1)
+    assert {check.name for check in wrong.checks if check.ok is False} == {"features", "rank"}
+
+
+def test_the_modules_that_would_apply_are_counted(tmp_path: Path, base: BaseModel) -> None:
+    assert verdict(tmp_path / "all", base).applied == 6
+    some = {Q: (8, 8), "nowhere": (8, 8), "model.layers.0.mlp.up_proj": (8, 12), "model.layers.1.mlp.up_proj": (8, 12)}
+    found = verdict(tmp_path / "some", base, factors(some))
+    assert found.applied == 1
+    assert "1 of its 4 modules" in found.problems[0]
+    assert "and 1 more don't fit" in found.problems[1]

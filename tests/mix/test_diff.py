@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import lorakit
 import lorakit.errors
-from lorakit.mix import diff as diffing
+from lorakit.mix import changes
 from tests.folders import factors, linear_modules, stored, write_adapter, write_base
 from tests.mix.test_compare import UP, dense
 
@@ -88,7 +88,7 @@ def test_the_same_adapter_lost_nothing(exact: Path) -> None:
 
 def test_other_factors_of_the_same_delta_are_the_same_delta(exact: Path, tmp_path: Path) -> None:
     report = lorakit.diff(exact, truncated(exact, tmp_path / "turned", 8))
-    assert report.stages[1].count("different") == 12
+    assert report.stages[1].count("reshaped") == 12
     assert report.stages[1].lost == pytest.approx(0, abs=1e-6)
     assert [(stage.factor_rank, stage.rank) for stage in report.modules[UP].stages if stage] == [(4, 4), (8, 4)]
 
@@ -157,7 +157,7 @@ def test_a_tensor_is_equal_close_or_different(
 def test_closeness_is_numpys_allclose_over_block_borders(
     exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diffing, "_BLOCK", 7)
+    monkeypatch.setattr(changes, "_BLOCK", 7)
     for last in (1e-7, 1.0):
         tensors = stored(exact)
         tensors[NAME][-1, -1] += last
@@ -178,7 +178,7 @@ def test_modules_of_other_shapes_stand_in_no_sum(exact: Path, tmp_path: Path) ->
     without = [(delta**2).sum() for module, delta in dense(exact).items() if module != UP]
     assert change.before == pytest.approx(sum(without))
     found = {tensor.name: (tensor.state, tensor.largest) for tensor in report.stages[1].tensors}
-    assert found[NAME] == ("different", None)
+    assert found[NAME] == ("reshaped", None)
 
 
 def test_modules_can_be_picked(exact: Path, tmp_path: Path) -> None:
@@ -210,11 +210,15 @@ def test_the_report_is_data(exact: Path, tmp_path: Path) -> None:
     gone = next(stages for name, stages in data["modules"].items() if name != UP)
     assert gone[0] is None
     assert gone[1]["lost"] is None
-    assert data["stages"][1]["tensors"][0].keys() == {"tensor", "state", "before", "after", "largest"}
+    tensor = data["stages"][1]["tensors"][0]
+    assert tensor["tensor"] in stored(exact)
+    assert tensor.keys() == {
+        "tensor", "state", "before", "after", "largest", "norms", "difference", "lost", "cosine",
+    }  # fmt: skip
 
 
 def test_only_adapters_are_taken(exact: Path, tmp_path: Path) -> None:
-    with pytest.raises(lorakit.errors.Refused, match="only adapters can be compared so far"):
+    with pytest.raises(lorakit.errors.Refused, match=r"lorakit\.diff_tensors takes those"):
         lorakit.diff(exact, write_base(tmp_path / "base"))
     with pytest.raises(lorakit.errors.NotFound):
         lorakit.diff(exact, tmp_path / "nowhere")

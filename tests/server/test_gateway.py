@@ -186,7 +186,7 @@ async def test_a_run_without_a_ready_revision_is_404_and_says_why(tmp_path: Path
     async with serving(tmp_path, numbers) as served:
         answer = await served.ask("sql")
         assert_openai_error(answer, 404)
-        assert "cut short" in answer.json()["error"]["message"]
+        assert "it is incomplete (adapter_model.safetensors: " in answer.json()["error"]["message"]
 
 
 async def test_an_alias_moves_only_after_its_revision_is_in_the_engine(tmp_path: Path, numbers: Path) -> None:

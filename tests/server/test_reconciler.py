@@ -17,6 +17,7 @@ from lorakit.merge.base import read_base
 from lorakit.server.engine import LoadFailed
 from lorakit.server.reconciler import Reconciler
 from lorakit.store.store import Store
+from tests.checkpoints.writings import lora_state
 from tests.server.fake_engine import (
     FakeEngine,
     fingerprint_of,
@@ -377,6 +378,40 @@ async def test_a_folder_whose_name_is_no_text_is_reported_as_refused(tmp_path: P
         assert [waiting.state for waiting in r.reconciler.waiting.values()] == ["refused"]
 
 
+async def test_what_stays_unfinished_is_told_once_as_stalled_and_served_when_it_is_done(
+    tmp_path: Path, numbers: Path
+) -> None:
+    folder = put_checkpoint(tmp_path / "runs" / "sql", 100)
+    config = (folder / "adapter_config.json").read_bytes()
+    (folder / "adapter_config.json").unlink()
+    async with room(tmp_path, numbers) as r:
+        now = [0.0]
+        r.reconciler._watcher._clock = lambda: now[0]
+        for now[0] in (0.0, 3599.0, 3600.0, 9000.0):
+            await r.step()
+        (told,) = r.told("stalled")
+        assert told == (
+            "sql@step-100 is stalled: adapter_config.json is not there yet; nothing was written for more than 1 h"
+        )
+        assert r.why("sql").startswith("incomplete: adapter_config.json is not there yet; nothing was written")
+        (folder / "adapter_config.json").write_bytes(config)
+        os.utime(folder / "trainer_state.json")
+        await r.step()
+        assert r.meant("sql") == "step-100"
+
+
+async def test_an_adapter_without_peft_files_is_refused_with_the_command_that_helps(
+    tmp_path: Path, numbers: Path
+) -> None:
+    folder = tmp_path / "runs" / "sql" / "checkpoint-100"
+    folder.mkdir(parents=True)
+    (folder / "lit_model.pth.lora").write_bytes(lora_state(0))
+    async with room(tmp_path, numbers) as r:
+        await r.settle()
+        assert r.why("sql").startswith("refused: it is an adapter as litgpt writes it")
+        assert "lorakit convert" in r.why("sql")
+
+
 async def test_a_regular_checkpoint_is_refused_with_the_command_that_helps(tmp_path: Path, numbers: Path) -> None:
     folder = tmp_path / "runs" / "full" / "checkpoint-100"
     folder.mkdir(parents=True)
@@ -633,8 +668,9 @@ async def test_two_bases_share_a_store_and_see_nothing_of_one_another(tmp_path: 
 
 
 async def test_files_that_a_killed_server_could_not_delete_are_deleted_by_the_next(
-    tmp_path: Path, numbers: Path
+    tmp_path: Path, numbers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lorakit.store.contents.YOUNG", 0.0)  # as if it had been killed long ago
     async with room(tmp_path, numbers) as r:
         gone = await r.reconciler.load("gone", put_adapter(tmp_path / "one", 1))
         kept = await r.reconciler.load("kept", put_adapter(tmp_path / "two", 2))

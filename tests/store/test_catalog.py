@@ -27,7 +27,10 @@ def run_of(*finished: Revision) -> Run:
     run = Run("sql")
     for one in finished:
         run.revisions.setdefault(one.id, one)
-        attempt = attempt_of(one.kind, one.facts.step, run.finishes, run.revisions)
+        last = run.finishes[-1].attempt if run.finishes else None
+        known = [run.revisions[finish.revision] for finish in run.finishes if finish.attempt == last]
+        largest = max((earlier.facts.step or 0 for earlier in known if earlier.kind == "step"), default=None)
+        attempt = attempt_of(one.kind, one.facts.step, last, largest)
         run.finishes.append(Finish(one.id, attempt))
     return run
 

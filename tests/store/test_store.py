@@ -216,11 +216,69 @@ def test_a_revision_is_never_recorded_without_its_files(store: Store) -> None:
     assert store.runs() == {}
 
 
-def test_what_no_record_needs_is_swept_away(store: Store) -> None:
+def test_what_no_record_needs_is_swept_away_when_nobody_can_be_about_to_record_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = add(store)
     keep(store, "nobody's")
     store.remove_unknown()
+    assert len(list((store.home / "revisions").iterdir())) == 2
+    monkeypatch.setattr("lorakit.store.contents.YOUNG", 0.0)
+    store.remove_unknown()
     assert [folder.name for folder in (store.home / "revisions").iterdir()] == [kept.digest]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_was_there_before_a_lost_database_is_never_swept_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    monkeypatch.setattr("lorakit.store.contents.YOUNG", 0.0)
+    folders = [add(store, step=step, content=str(step)).folder for step in (100, 200)]
+    store.close()
+    for file in store.home.glob("store.sqlite3*"):
+        file.unlink()
+    after_loss(store.home)
+    new = Store(store.home, store.base)
+    if again:
+        assert add(new, step=100, content="100").folder == folders[0]
+    new.remove_unknown()
+    new.close()
+    assert all(folder.is_dir() for folder in folders)
+
+
+def after_loss(home: Path) -> None:
+    """As if the database had been made anew some time after all that is there now."""
+    Store(home, "").close()
+    with sqlite3.connect(home / "store.sqlite3") as db:
+        db.execute("UPDATE made SET at = at + 60")
+    db.close()
+
+
+def test_damaged_files_make_way_for_the_same_content_taken_in_again(store: Store) -> None:
+    folder = store.home / "revisions" / keep(store)
+    (folder / "adapter_model.safetensors").chmod(0o644)
+    (folder / "adapter_model.safetensors").write_text("0ne")
+    assert keep(store) == folder.name
+    assert (folder / "adapter_model.safetensors").read_text() == "one"
+    assert not list((store.home / "tmp").iterdir())
+
+
+def test_an_alias_on_what_was_put_into_the_trash_takes_it_out_again(store: Store) -> None:
+    from lorakit.store.trash import find_stored, trash_stored, trashed_in
+
+    revision = add(store)
+    trash_stored(find_stored(revision.name, store.home), store.home)
+    store.move_alias("sql", "prod", revision.id, "set")  # by a server that has known it all along
+    assert trashed_in(store.home) == []
+    assert store.runs()["sql"].aliases == {"prod": revision.id}
+
+
+def test_what_can_not_be_written_down_is_an_error_of_ours(store: Store) -> None:
+    with pytest.raises(LorakitError, match="can't be written"):
+        add(store, path="half\udcff")
+    with pytest.raises(LorakitError, match="can't be written"):
+        add(store, step=1 << 63)
+    assert store.runs() == {}
 
 
 def test_many_threads_and_two_connections_lose_nothing(store: Store) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.checkpoints.locate import find_checkpoint, nothing_named, open_adapter
 from lorakit.errors import UsageError
+from lorakit.files.hub import looks_like_hub_id
 from lorakit.files.safetensors import Header, StoredTensor
 from lorakit.files.tensors import load_tensor, tensor_bytes, torch_dtype
 from lorakit.merge.base import BaseModel, base_named_by, read_base
 from lorakit.merge.plan import ComputeTensor, MergePlan, plan_merge
-from lorakit.store.locate import open_adapter, stored_revision
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +123,11 @@ def opened(
         NotFound, Refused: as `read_base` and `open_adapter`, and as `plan_merge` for an adapter.
     """
     name = os.fspath(tuned)
-    if not _is_adapter(name):
+    found = find_checkpoint(name)
+    if found is None and not looks_like_hub_id(name):
+        raise nothing_named(name)
+    name = name if found is None else str(found)
+    if found is None or not _is_adapter(found):
         if base is None:
             raise UsageError(f"name the model that '{name}' was trained from with --base")
         yield TunedModel(read_base(name)), read_base(base)
@@ -146,8 +151,5 @@ def parent_of(model: BaseModel, kind: str) -> dict[str, Any]:
     return {"kind": kind, "path": path, "reference": model.reference, "identity": model.identity}
 
 
-def _is_adapter(name: str) -> bool:
-    folder = Path(name)
-    if folder.is_dir():
-        return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    return "/" not in name and stored_revision(name) is not None
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()

@@ -1,0 +1,57 @@
+"""Programs that are killed between two of lorakit's own lines, each of them in turn, or that find the disk full."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+DONE, FAILED = 0, 1
+
+
+def kills(action: Callable[[], object], *, every: int = 1, first: int = 1) -> Iterator[int]:
+    """Run `action` in a child that is killed before its n-th line, for every n until it is done: what to check comes
+    between.
+    """
+    line = first
+    while (ended := _run(action, line)) != DONE:
+        assert ended == -signal.SIGKILL, "it failed by itself"
+        yield line
+        line += every
+
+
+def _run(action: Callable[[], object], line: int) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.settrace(_killer(line))
+            action()
+            sys.settrace(None)
+            os._exit(DONE)
+        except BaseException:
+            sys.settrace(None)
+            import traceback
+
+            traceback.print_exc()
+            os._exit(FAILED)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _killer(line: int) -> Callable[[FrameType, str, Any], Any]:
+    left = line
+
+    def lines(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return lines
+
+    def calls(frame: FrameType, event: str, argument: Any) -> Any:
+        return lines if f"{os.sep}lorakit{os.sep}" in frame.f_code.co_filename else None
+
+    return calls
