@@ -41,6 +41,8 @@ VERBS = {
     "rm": "Move checkpoints to the trash.",
     "undelete": "Take checkpoints out of the trash again.",
     "store": "Add to the store, verify it, clear it up, or say where it is.",
+    "save": "Ask the run that is training to save now.",
+    "capture": "Run a trainer, and keep every checkpoint that it writes.",
     "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
 }
 
