@@ -4,20 +4,55 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lorakit.cli.main import VERBS
+from tests.checkpoints.moving.archives import tarred
+from tests.checkpoints.moving.web import Web, serving
 from tests.checkpoints.written import evaluated, finish
 from tests.cli.commands import lorakit
 from tests.folders import base_tensors, write_adapter, write_base
+from tests.hub import Hub
 from tests.readme import README, ROOT, blocks
+
+# What has to have happened before a verb has something to do.
+BEFORE = {
+    "verify": ["merge runs/chat --out merged"],
+    "unmerge": ["merge runs/chat --out merged"],
+    "show": ["mix runs/sql/checkpoint-500=0.7 runs/chat=0.3 --out mixed", "shrink mixed --rank 1 --out small"],
+    "diff": ["mix runs/sql/checkpoint-500=0.7 runs/chat=0.3 --out mixed", "shrink mixed --rank 1 --out small"],
+    "undelete": ["rm runs/sql/checkpoint-500 --yes"],
+}
+TRAIN = """
+import os, shutil
+shutil.copytree("runs/sql/checkpoint-500", os.environ["LORAKIT_OUTPUT_CHECKPOINT_DIR"] + "/checkpoint-500")
+"""
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """What stands for the bucket whose URL the README shows."""
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    running = Hub({"org/sql-lora": write_adapter(tmp_path / "on-the-hub")})
+    running.point_there(monkeypatch, tmp_path / "cache")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    yield running
+    running.close()
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folders that the README speaks of; those that are verified or unmerged are there already."""
+    """The folders that the README speaks of, and an empty store."""
+    monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
+    (tmp_path / "train.py").write_text(TRAIN)
     base = write_base(tmp_path / "models" / "llama")
     write_base(tmp_path / "models" / "tuned", {name: 1.01 * value for name, value in base_tensors().items()})
     (tmp_path / "score.py").write_text(next(block for block in blocks("python") if "score.py" in block))
@@ -38,15 +73,14 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_does_what_it_says(
-    command: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], workplace: Path, web: Web, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*command[1:], "--dry-run"] if command[1] == "serve" else command[1:]
-    if command[1] in ("verify", "unmerge"):
-        assert lorakit(capsys, "merge", "runs/chat", "--out", "merged").code == 0
-    if command[1] in ("show", "diff"):
-        assert lorakit(capsys, "mix", "runs/sql/checkpoint-500=0.7", "runs/chat=0.3", "--out", "mixed").code == 0
-        assert lorakit(capsys, "shrink", "mixed", "--rank", "1", "--out", "small").code == 0
-    ended = lorakit(capsys, *arguments)
+    for line in BEFORE.get(command[1], ()):
+        assert lorakit(capsys, *shlex.split(line)).code == 0
+    if command[1] == "fetch":
+        web.put("sql.tar.gz", tarred(workplace / "runs" / "sql" / "checkpoint-500"))
+        command = [web.url("sql.tar.gz") if part.startswith("https://") else part for part in command]
+    ended = lorakit(capsys, *command[1:], *(["--dry-run"] if command[1] == "serve" else []))
     assert ended.code == 0, ended.err
     if "--out" in command:
         assert (workplace / command[command.index("--out") + 1]).is_dir()
