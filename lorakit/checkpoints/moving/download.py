@@ -199,7 +199,7 @@ class Download:
 
     def _take(self, answer: httpx.Response) -> None:
         status = answer.status_code
-        if status == 416 and self.said.size is None and _whole(answer) == self.position:
+        if status == 416 and self.said.size in (None, self.position) and _whole(answer) == self.position:
             self.said = replace(self.said, size=self.position)  # it broke at the very end
             return
         if status in (412, 416) and self.position:

@@ -43,6 +43,7 @@ from lorakit.checkpoints.moving.trees import (
     files_of,
     steady,
 )
+from lorakit.checkpoints.trainer_state import FILE as TRAINER_STATE
 from lorakit.errors import InvalidFile, NotFound
 from lorakit.files.archive_tar import RECORD
 from lorakit.files.archives import Limits, extract_stream
@@ -230,7 +231,7 @@ def fetch(
             case "local":
                 arrived = _fetch_local(address, folder, limits, unfinished, sha256, progress)
         _check_digest(arrived, sha256, address)
-        top, vouched = _as_it_came(arrived, folder, address, unfinished)
+        top, vouched, doubt = _as_it_came(arrived, folder, address, unfinished)
         listed = verify_manifest(folder)
         writer = writer_of(folder)  # before lorakit's own file is there
         if vouched and not unfinished and not (folder / PROVENANCE).exists():
@@ -239,12 +240,14 @@ def fetch(
     files = tuple(name.removeprefix(f"{top}/") if top else name for name in arrived.files)
     return Fetched(
         out, address.shown, checkpoint, writer, files, arrived.bytes, arrived.sha256, time.monotonic() - began,
-        arrived.resumed, (*arrived.notes, *_what_is_verified(files, listed)),
+        arrived.resumed, (*arrived.notes, *doubt, *_what_is_verified(files, listed)),
     )  # fmt: skip
 
 
-def _as_it_came(arrived: Arrived, folder: Path, address: Address, unfinished: bool) -> tuple[str | None, bool]:
-    """What was unwrapped, and whether lorakit may vouch for what it is.
+def _as_it_came(
+    arrived: Arrived, folder: Path, address: Address, unfinished: bool
+) -> tuple[str | None, bool, tuple[str, ...]]:
+    """What was unwrapped, whether lorakit may vouch for what it is, and what speaks against that.
 
     Raises:
         Incomplete: it is of a checkpoint that was not finished when it was packed.
@@ -255,7 +258,11 @@ def _as_it_came(arrived: Arrived, folder: Path, address: Address, unfinished: bo
     begun = look.state == "incomplete" and (look.writer is not None or (inner / UNFINISHED).exists())
     if begun and arrived.kind is not None:
         ensure_finished(look, address.shown, unfinished=unfinished)
-    return (unwrap(folder) if arrived.kind is not None else None), not begun or one_file
+    if arrived.kind is None:
+        return None, not begun or one_file, ()
+    doubtful = look.state == "whole" and (inner / TRAINER_STATE).exists()  # its trainer's last word is of another save
+    doubt = (f"nothing says that its writer was done when it was packed: {look.reason}",) if doubtful else ()
+    return unwrap(folder), not (begun or doubtful), doubt
 
 
 def _what_is_verified(files: tuple[str, ...], listed: frozenset[str] | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lorakit.checkpoints.finished import look_at_url
@@ -24,7 +25,9 @@ def fetch_bucket(
     bucket = Bucket(address)
     found = found_in(bucket, address, limits, unfinished)
     if isinstance(found, Stored):
-        return _fetch_object(bucket, found, folder, limits, progress)
+        arrived = _fetch_object(bucket, found, folder, limits, progress)
+        twin = f"there is a folder of that name, too, which is '{address.shown}/'"
+        return replace(arrived, notes=(twin,)) if bucket.listed() else arrived
     refuse_one_digest(sha256, address)
     ensure_space(sum(one.size for one in found), folder)
     with steady(lambda: look_at_url(address.shown), address.shown, unfinished=unfinished or is_exported(found)):

@@ -196,7 +196,8 @@ def test_a_folder_may_have_an_object_of_its_own_name(s3: Any, checkpoint: Path, 
     fetch("s3://models/sql", tmp_path / "marked")
     assert files_below(tmp_path / "marked") == files_below(checkpoint)
     s3.put_object(Bucket="models", Key="sql", Body=b"hello")
-    fetch("s3://models/sql", tmp_path / "object")
+    fetched = fetch("s3://models/sql", tmp_path / "object")
+    assert fetched.notes == ("there is a folder of that name, too, which is 's3://models/sql/'",)
     assert files_below(tmp_path / "object") == {"sql": b"hello"}
     fetch("s3://models/sql/", tmp_path / "folder")
     assert files_below(tmp_path / "folder") == files_below(checkpoint)

@@ -231,6 +231,24 @@ def test_the_next_call_goes_on_with_what_the_last_one_had(web: Web, tmp_path: Pa
     assert page.statuses == []
 
 
+def test_killed_behind_the_last_byte_nothing_is_fetched_again(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    web.put("a.ckpt", NOISE)
+    with monkeypatch.context() as patched:
+        patched.setattr("lorakit.checkpoints.moving.from_url._SYNCED_EVERY", 1)
+        patched.setattr("lorakit.checkpoints.moving.download.Download.sha256", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(web.url("a.ckpt"), tmp_path / "out", patience=QUICK)
+    fetched = fetch(web.url("a.ckpt"), tmp_path / "out", patience=QUICK)
+    assert web.ranges()[-1] == f"bytes={len(NOISE)}-"
+    assert (fetched.notes, fetched.sha256) == ((), sha256(NOISE))
+    assert files_below(tmp_path / "out") == {"a.ckpt": NOISE}
+
+
 def test_what_changed_between_two_calls_is_begun_again(web: Web, tmp_path: Path) -> None:
     web.put("a.ckpt", NOISE, cuts=[100_000], statuses=[200, 503, 503, 503, 503])
     with pytest.raises(LorakitError):
@@ -449,6 +467,16 @@ def test_a_checkpoint_that_was_packed_too_early_is_refused(
     assert not (tmp_path / "out").exists()
     fetch(web.url("sql.tar"), tmp_path / "out", patience=QUICK, unfinished=True)
     assert look_at(tmp_path / "out").state == "incomplete"
+
+
+def test_a_checkpoint_whose_trainer_spoke_of_another_step_is_not_vouched_for(
+    web: Web, checkpoint: Path, tmp_path: Path
+) -> None:
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 7, "log_history": []}')
+    web.put("sql.tar", tarred(checkpoint, "checkpoint-500", "w"))
+    fetched = fetch(web.url("sql.tar"), tmp_path / "out", patience=QUICK)
+    assert any("is of step 7" in note for note in fetched.notes)
+    assert not (tmp_path / "out/lorakit.json").exists()
 
 
 def test_folders_that_hold_nothing_but_one_another_are_unwrapped(web: Web, checkpoint: Path, tmp_path: Path) -> None:
