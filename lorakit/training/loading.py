@@ -48,9 +48,8 @@ def _optimizer(checkpoint: Path, into: Into) -> Prepared:
             for group, kept in zip(optimizer.param_groups, rates, strict=True):
                 group.update(kept)
 
-    return Prepared(
-        Loaded("optimizer", f"with {'this training' if into.keeps_rates else 'it'}'s learning rates"), apply
-    )
+    whose = "this training's" if into.keeps_rates else "its own"
+    return Prepared(Loaded("optimizer", f"with {whose} learning rates"), apply)
 
 
 def _scheduler(checkpoint: Path, into: Into) -> Prepared:

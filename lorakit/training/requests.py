@@ -19,7 +19,7 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,10 @@ def check_name(run: Path, name: str) -> None:
         Refused: it is no name, is reserved, or looks like a file's or a checkpoint's own.
         Conflict: there is something of that name in the run.
     """
-    check_alias(name)
+    try:
+        check_alias(name)
+    except Refused as error:
+        raise Refused(f"{str(error).partition('; ')[0]}; choose another word") from None
     if _LIKE_A_FILE.fullmatch(name):
         raise Refused(f"the name '{name}' looks like that of a file or a checkpoint; choose another word")
     if os.path.lexists(run / name):
@@ -142,7 +145,7 @@ def wait_for(run: Path, request: Request, seconds: float) -> Receipt | None:
 
 
 def receipt_of(run: Path, request: Request) -> Receipt | None:
-    """None when there is none, or what is there is none: its path leads to nothing but what is in the run."""
+    """None when there is none, or what is there is none: its path is a checkpoint of the run, or the name asked for."""
     found = _read(result_file(run, request))
     try:
         receipt = Receipt(**found)
@@ -154,7 +157,7 @@ def receipt_of(run: Path, request: Request) -> Receipt | None:
         and type(receipt.step) is int
         and type(receipt.seconds) in (int, float)
         and isinstance(receipt.path, str)
-        and Path(receipt.path).name == receipt.path not in ("", "..")
+        and (receipt.path == request.name or CHECKPOINT.fullmatch(receipt.path) is not None)
         and all(word is None or isinstance(word, str) for word in words)
     )
     return receipt if is_one else None
@@ -203,6 +206,8 @@ def listening(run: Path) -> Iterator[bool]:
             yield alone
         finally:
             _PLACES.discard(place)
+            if alone:
+                _unlock(place)
 
 
 _PLACES: set[io.FileIO] = set()  # that this process holds
@@ -225,6 +230,12 @@ def _locked(handle: int) -> bool:
     except OSError:  # no locks here: then nobody else has it, either
         pass
     return True
+
+
+def _unlock(place: io.FileIO) -> None:
+    """Closing alone leaves the lock to a process that was forked just now, until it has closed its own."""
+    with suppress(OSError, ValueError):  # closed already, in a process that was forked
+        fcntl.flock(place, fcntl.LOCK_UN)
 
 
 def claim(run: Path) -> Iterator[Request]:

@@ -80,7 +80,18 @@ class SignalFlag:
         elif earlier is not None:  # one that Python did not set, and can't set again
             signal.signal(number, earlier)
 
+    def _once_more_ends(self) -> None:
+        """What came may have come to a whole group, and torch takes the end of processes that load data for a failure
+        of the training.
+        """
+        ending = tuple(self._earlier)
+        self._earlier[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, self._caught)
+        for each in ending:
+            signal.signal(each, signal.SIG_DFL)
+
     def _caught(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGCHLD:
+            return
         earlier = self._earlier.get(number, signal.SIG_DFL)
         if os.getpid() != self._process:  # a worker that loads data: what its trainer heeds is not its business
             if number == signal.SIGTERM:
@@ -92,8 +103,7 @@ class SignalFlag:
             return
         first, self.received = self.received is None, self.received or number
         if self._once:
-            for each in self._earlier:
-                signal.signal(each, signal.SIG_DFL)
+            self._once_more_ends()
         elif callable(earlier):
             earlier(number, frame)
         if first and self._said and os.environ.get("LOCAL_RANK", "0") == "0":

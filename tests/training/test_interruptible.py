@@ -181,14 +181,17 @@ def test_in_another_thread_it_says_that_it_can_not_and_trains(tmp_path: Path, ca
     assert "Ctrl+C will save nothing" in caplog.text
 
 
-def test_as_a_program_it_ends_with_130_without_a_traceback_and_goes_on_when_started_again(tmp_path: Path) -> None:
-    """With processes that load data, which a terminal's Ctrl+C reaches, too."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_as_a_program_it_ends_without_a_traceback_and_goes_on_when_started_again(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """With processes that load data, which a terminal's Ctrl+C reaches, too, and a launcher's SIGTERM ends."""
     loading = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     with training(tmp_path / "run", seconds=0.3, **loading) as process:
         lines_until(process, "step 3")
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         code, shown = ended(process)
-    assert code == 130, shown
+    assert code == 128 + number, shown
     assert "saving a full checkpoint at the end of this step" in shown
     assert "Traceback" not in shown
     begun: list[int] = []

@@ -133,8 +133,8 @@ def test_whatever_a_request_says_the_wish_to_save_is_in_its_name(
 @pytest.mark.parametrize(
     "said",
     [
-        {"path": 5}, {"path": "/etc/passwd"}, {"path": "../x"}, {"path": ".."}, {"path": ""}, {"step": "7"},
-        {"step": True}, {"note": 5}, {"name": []}, {"seconds": None}, {"uuid": "d" * 32},
+        {"path": 5}, {"path": "/etc/passwd"}, {"path": "../x"}, {"path": ".."}, {"path": ""}, {"path": "x\n\x1b[31m"},
+        {"step": "7"}, {"step": True}, {"note": 5}, {"name": []}, {"seconds": None}, {"uuid": "d" * 32},
     ],
 )  # fmt: skip
 def test_a_receipt_that_says_something_else_is_none(tmp_path: Path, said: dict[str, object]) -> None:
@@ -194,6 +194,11 @@ def test_a_name_that_could_be_mistaken_is_refused_and_nothing_asked(
     assert not (tmp_path / ".lorakit").exists()
 
 
+def test_what_is_wrong_with_a_name_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="the name 'latest' is reserved; choose another word"):
+        ask(tmp_path, name="latest")
+
+
 def test_only_a_run_can_be_asked(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="there is no folder"):
         ask(tmp_path / "nowhere")
@@ -215,38 +220,33 @@ def test_a_name_is_a_link_that_lasts_and_never_takes_anothers_place(tmp_path: Pa
 
 
 def test_who_listens_is_known_while_it_lives_and_not_when_it_was_killed(tmp_path: Path) -> None:
+    """Although a worker that it had forked lives on."""
     program = (
-        "import sys, time; from pathlib import Path; from lorakit.training.requests import listening\n"
-        "with listening(Path(sys.argv[1])) as alone: print(alone, flush=True); time.sleep(60)"
+        "import os, sys, time; from pathlib import Path; from lorakit.training.requests import listening\n"
+        "with listening(Path(sys.argv[1])) as alone:\n"
+        "    if os.fork(): time.sleep(60)\n"
+        "    print(alone, flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], **pipes) as other:
         assert other.stdout
         assert other.stdout.readline() == "True\n"
         assert (listener(tmp_path) or {})["pid"] == other.pid
         with listening(tmp_path) as alone:
             assert not alone
         other.send_signal(signal.SIGKILL)
-    assert listener(tmp_path) is None
-    with listening(tmp_path) as alone:
-        assert alone
-    assert listener(tmp_path) is None
+        assert other.wait() == -signal.SIGKILL
+        assert listener(tmp_path) is None
+        with listening(tmp_path) as alone:
+            assert alone
+        assert listener(tmp_path) is None
 
 
-def test_a_worker_that_outlives_its_trainer_holds_no_place(tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    with listening(tmp_path):
-        child = os.fork()
-        if child == 0:
-            os.close(writer)
-            os.read(reader, 1)  # until the test is over
-            os._exit(0)
-        assert (listener(tmp_path) or {})["pid"] == os.getpid()
-    assert listener(tmp_path) is None
-    with listening(tmp_path) as alone:
-        assert alone
-    os.close(writer)
-    os.close(reader)
-    assert os.waitpid(child, 0)[1] == 0
+def test_who_stops_listening_does_so_at_once_whatever_was_forked(tmp_path: Path) -> None:
+    for _ in range(20):
+        with listening(tmp_path), subprocess.Popen(["true"]):
+            pass
+        assert listener(tmp_path) is None
 
 
 def test_on_a_full_disk_nothing_is_asked_and_it_says_so(tmp_path: Path) -> None:

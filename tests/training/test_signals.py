@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,23 @@ def test_once_the_next_of_them_is_the_systems(handlers: list[int], capfd: pytest
     flag.restore()
     os.kill(os.getpid(), signal.SIGUSR2)
     assert handlers == [signal.SIGUSR2]
+
+
+def test_a_child_that_ends_with_it_is_no_failure(handlers: list[int]) -> None:
+    """torch raises an error from its own handler when a process that loads data is killed."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("killed by signal")
+
+    before = signal.signal(signal.SIGCHLD, fail)
+    try:
+        flag = SignalFlag([signal.SIGUSR1], once=True)
+        train(flag, signal.SIGUSR1, signal.SIGCHLD)
+        flag.restore()
+        with pytest.raises(RuntimeError):
+            os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_when_the_loop_is_gone_the_signal_goes_where_it_went_before(handlers: list[int]) -> None:
