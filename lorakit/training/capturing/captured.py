@@ -151,13 +151,12 @@ def abandoned_captures(home: Path) -> Iterator[Captured]:
 
 
 def _remove(spot: Spot) -> None:
-    if spot.own is not None:
-        for name in spot.own:
-            (spot.path / name).unlink(missing_ok=True)
-    elif spot.path.is_dir():
-        shutil.rmtree(spot.path, ignore_errors=True)
-    else:
-        spot.path.unlink(missing_ok=True)
+    for path in [spot.path] if spot.own is None else [spot.path / name for name in spot.own]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _remove_empty(folder: Path) -> None:

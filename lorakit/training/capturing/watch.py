@@ -147,6 +147,8 @@ class Watch:
     def _missing(self, there: dict[str, Stamp]) -> list[Missed]:
         """What went away before it was held as it was last. What appears under the name again is another."""
         gone = [self._seen.pop(name) for name in [name for name in self._seen if name not in there]]
+        parts = _of((one.spot for one in self._seen.values()), {one.spot.path for one in gone})  # of a root, by now
+        gone = [one for one in gone if one.spot.path not in parts]
         renamed = {file for stamp in there.values() for file in stamp.files} if gone else set()
         lost = [
             Missed("lost", one.spot.name, f"it was removed before it could be held; when last seen: {one.look.reason}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.training.capturing.appearing import Stamp, spots_in
+from lorakit.training.capturing.appearing import Spot, Stamp, spots_in
 from lorakit.training.capturing.captured import Captured, abandoned_captures, new_capture
 from tests.checkpoints.written import write_checkpoint
 
@@ -44,6 +44,15 @@ def test_what_is_kept_goes_and_all_else_stays(captured: Captured) -> None:
     assert captured.folder.exists()
     assert captured.clear((), all_kept=True)
     assert not captured.folder.exists()
+
+
+def test_a_root_of_files_and_folders_goes_too(captured: Captured) -> None:
+    inner = captured.output / "pytorch_model_fsdp_0" / "__0_0.distcp"
+    inner.parent.mkdir()
+    inner.write_bytes(b"x")
+    (captured.output / "random_states_0.pkl").write_bytes(b"x")
+    root = Spot(captured.output, ".", frozenset({"pytorch_model_fsdp_0", "random_states_0.pkl", "gone.json"}))
+    assert captured.clear([root], all_kept=True)
 
 
 def test_a_folder_that_was_named_stays_as_it_is(tmp_path: Path) -> None:

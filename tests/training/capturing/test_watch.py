@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.training.capturing.appearing import spots_in, stamp_of
+from lorakit.training.capturing.appearing import Spot, spots_in, stamp_of
 from lorakit.training.capturing.watch import Watch
 from tests.checkpoints.written import write_checkpoint
 from tests.training.capturing.captures import Files, files_of
@@ -115,6 +115,17 @@ def test_what_is_renamed_is_not_lost(output: Path, watch: Watch) -> None:
     assert names(watch) == []
     (output / "checkpoint-1").rename(output / "best")
     assert names(watch, ended=True) == ["best"]
+
+
+def test_what_became_a_part_of_a_root_is_not_lost(output: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = output / "optimizer_0"
+    optimizer.mkdir()
+    (optimizer / "__0_0.distcp").write_bytes(b"x")
+    assert names(watch) == []
+    (optimizer / "__0_0.distcp").write_bytes(b"more")
+    root = Spot(output, ".", frozenset({"optimizer_0"}))
+    monkeypatch.setattr("lorakit.training.capturing.watch.spots_in", lambda _: [root])
+    assert names(watch, 1.0) == []
 
 
 def test_what_was_there_before_is_left_alone_until_it_is_written_over(output: Path, tmp_path: Path) -> None:
