@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.checkpoints.described import describe
-from lorakit.checkpoints.finished import QUIET, Look, look_at
+from lorakit.checkpoints.finished import QUIET, Look, last_change, look_at
 from lorakit.checkpoints.locate import candidate_at
-from lorakit.checkpoints.metadata import last_change
 from lorakit.errors import Incomplete
 from lorakit.store.catalog import label_of
 from lorakit.store.kept import Described, Kept, keep_checkpoint

@@ -1,19 +1,26 @@
 """Is a folder or file a checkpoint, of which kind, and is it finished? One rule for every writer, on any file system.
 
 Finished at one look: the file that its writer writes last is there, parses, and is no older than what it covers.
-Else what is whole in itself has to stay as it is for a while (`QUIET` seconds) before it counts.
+Else what is whole in itself has to stay as it is for a while before it counts: `QUIET` seconds for whoever watches, and
+for whoever looks once `STALLED` seconds by the times on the disk.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import stat
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.adapters.reading import UNFINISHED
 from lorakit.checkpoints.places import LocalPlace, Place, RemotePlace, entry_of
+from lorakit.checkpoints.retention import in_words
 from lorakit.checkpoints.trainer_state import FILE as TRAINER_STATE
 from lorakit.checkpoints.whole import read_object, what_is_cut_short
 from lorakit.checkpoints.writers import written_by
@@ -27,13 +34,14 @@ from lorakit.checkpoints.writers.layout import (
     Layout,
     Writer,
     WriterName,
+    folders,
 )
 from lorakit.errors import InvalidFile
 from lorakit.files.provenance import FILE as PROVENANCE
 
 __all__ = [
-    "CHECKPOINT", "MARKERS", "NO_PERMISSION", "PICKLED", "QUIET", "STALLED", "Look", "is_adapter", "look_at",
-    "look_at_url",
+    "CHECKPOINT", "MARKERS", "NO_PERMISSION", "PICKLED", "QUIET", "STALLED", "Look", "is_adapter",
+    "last_change", "look_at", "look_at_url", "look_once", "settled",
 ]  # fmt: skip
 
 QUIET = 2.0  # seconds
@@ -55,7 +63,7 @@ NO_PERMISSION = (
 class Look:
     """What one look at a folder or file showed. `finished` needs no other; `whole` counts after quiet time; `refused`
     is never opened here. `signature` changes whenever a file that counts is written again; `vouched_by` is the file
-    that says the writing is done."""
+    that says the writing is done, `outdated` the one that would, were nothing newer than it."""
 
     path: Path
     state: State
@@ -65,11 +73,57 @@ class Look:
     signature: str = ""
     weights_signature: str = ""
     vouched_by: str | None = None
+    outdated: str | None = None
 
 
 def look_at(path: Path) -> Look:
     """Judge a folder or file by what is there now. Never waits; what goes away meanwhile is incomplete."""
     return _looked_at(LocalPlace(path), path)
+
+
+def look_once(path: Path) -> Look:
+    """As `look_at`, for whoever looks no second time: what was left alone for long enough is finished, too."""
+    return settled(look_at(path))
+
+
+def settled(look: Look) -> Look:
+    """What is whole is finished when nothing of it was written for `STALLED` seconds; till then, with what helps."""
+    if look.state != "whole":
+        return look
+    now = time.time()
+    try:
+        quiet = now - last_change(Path(os.path.realpath(look.path)), now)
+    except OSError as error:
+        return replace(look, state="incomplete", reason=f"a file went away or can't be read yet: {error}")
+    if quiet >= STALLED:
+        return replace(look, state="finished", reason=f"whole, and unchanged for {in_words(quiet)}")
+    if look.outdated:
+        marker = look.path / look.outdated
+        return replace(look, reason=f"{look.reason}; if it is a copy, `touch {shlex.quote(str(marker))}`")
+    cure = f"`lorakit check` waits and sees, and after {in_words(STALLED)} it counts"
+    return replace(look, reason=f"{look.reason}; {cure}")
+
+
+def last_change(path: Path, now: float) -> float:
+    """When a file, or anything in a folder, changed last, in seconds since 1970: a copy that keeps its source's times
+    changed when it was made, and a write to come is none, where the change is not. The checkpoints in a run's own
+    folder are others. Raises OSError."""
+    status = path.lstat()
+    newest = _changed(status, now)
+    if stat.S_ISLNK(status.st_mode):
+        with suppress(OSError):  # it leads nowhere
+            newest = max(newest, _changed(path.stat(), now))
+    elif stat.S_ISDIR(status.st_mode):
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if not CHECKPOINT.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):
+                        newest = max(newest, last_change(Path(entry.path), now))
+    return newest
+
+
+def _changed(status: os.stat_result, now: float) -> float:
+    return max(min(status.st_ctime, now), status.st_mtime if status.st_mtime <= now else 0.0)
 
 
 def examine(path: Path) -> tuple[Look, Layout | None]:
@@ -114,7 +168,7 @@ def _judged(place: Place, path: Path) -> Look:
         return Look(path, "incomplete", "no file of a checkpoint is there yet", signature=everything)
     writer, layout = found
     words = list(_words(place, writer, layout))
-    state, reason, vouched_by = _state(place, layout, words)
+    state, reason, vouched_by, outdated = _state(place, layout, words)
     if layout.refusal:
         state, reason = "refused", layout.refusal
     if state == "incomplete":
@@ -123,24 +177,25 @@ def _judged(place: Place, path: Path) -> Look:
     counted = (*layout.files, *(word.file for word in words))
     return Look(
         path, state, reason, layout.kind, layout.writer,
-        _signature(place, counted), _signature(place, layout.weights), vouched_by,
+        _signature(place, counted), _signature(place, layout.weights), vouched_by, outdated,
     )  # fmt: skip
 
 
-def _state(place: Place, layout: Layout, words: list[LastWord]) -> tuple[State, str, str | None]:
-    """State, reason, and the file that vouches for it."""
+def _state(place: Place, layout: Layout, words: list[LastWord]) -> tuple[State, str, str | None, str | None]:
+    """State, reason, the file that vouches for it, and the one that is too old to."""
     if problem := _what_is_missing(place, layout):
-        return "incomplete", problem, None
+        return "incomplete", problem, None, None
     newest = _newest(place, layout.covered)
     against = [_against(word, newest) for word in words]
     vouching = [word for word, complaint in zip(words, against, strict=True) if complaint is None]
     if writing := _being_written(place, max((word.written for word in vouching), default=newest[0])):
-        return "incomplete", f"{writing} is being written", None
+        return "incomplete", f"{writing} is being written", None, None
     if vouching:
-        return "finished", f"{vouching[0].file} is there, its writer's last file", vouching[0].file
+        return "finished", f"{vouching[0].file} is there, its writer's last file", vouching[0].file, None
     if partly := next((word.against for word in words if word.partly), None):
-        return "incomplete", partly, None
-    return "whole", next(filter(None, against), "nothing says yet that its writer is done"), None
+        return "incomplete", partly, None, None
+    outdated = next((word.file for word in words if word.against is None), None)
+    return "whole", next(filter(None, against), "nothing says yet that its writer is done"), None, outdated
 
 
 def _what_is_missing(place: Place, layout: Layout) -> str | None:
@@ -150,8 +205,14 @@ def _what_is_missing(place: Place, layout: Layout) -> str | None:
     if problem := next(filter(None, problems), None):
         return problem
     if layout.kind is None and layout.writer not in ("torch", "lightning"):
-        return "neither an adapter nor a model is there yet"
+        return _where_it_is(place) or "neither an adapter nor a model is there yet"
     return None
+
+
+def _where_it_is(place: Place) -> str | None:
+    """PEFT gives a folder to an adapter that is not called `default`."""
+    inner = next((name for name in folders(place) if ADAPTER_CONFIG in place.inside(name).entries), None)
+    return f"its adapter is in {inner}/: name '…/{place.name}/{inner}'" if inner else None
 
 
 def _words(place: Place, writer: Writer, layout: Layout) -> Iterable[LastWord]:

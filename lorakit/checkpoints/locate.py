@@ -185,7 +185,10 @@ def on_hub(reference: str, *, what: str, patterns: Sequence[str]) -> Path:
 
 def nothing_named(reference: str, what: str = "folder or file") -> NotFound:
     """The error for a name that means nothing, with the nearest that mean something."""
-    said = f"there is no {what} '{without_secrets(reference)}', and no such name in the store"
+    shown = without_secrets(reference)
+    if "://" in reference:
+        return NotFound(f"'{shown}' is an address, and this is done here: fetch it first, lorakit fetch '…' --out DIR")
+    said = f"there is no {what} '{shown}', and no such name in the store"
     run = split_model(reference)[0]
     names = _names_in_store(default_home())
     if run in names:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
-import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any, Literal
 from lorakit.adapters.config import AdapterConfig, canonical, read_config
 from lorakit.adapters.reading import WEIGHTS
 from lorakit.checkpoints.facts import facts_at, rank_in
-from lorakit.checkpoints.finished import NO_PERMISSION, STALLED, Look, examine, look_at
+from lorakit.checkpoints.finished import NO_PERMISSION, STALLED, Look, examine, last_change, look_once, settled
 from lorakit.checkpoints.retention import in_words
-from lorakit.checkpoints.runs import Candidate
+from lorakit.checkpoints.runs import Candidate, originals
 from lorakit.checkpoints.runs import checkpoints_in as checkpoints_in
 from lorakit.checkpoints.runs import checkpoints_of as checkpoints_of
 from lorakit.checkpoints.writers.layout import Kind, Layout
@@ -30,6 +30,9 @@ from lorakit.store.catalog import Run
 from lorakit.store.store import Store, bases_in, open_store
 
 CONFIG = "adapter_config.json"
+SAID = 3  # newer ones that are passed over
+
+log = logging.getLogger("lorakit.checkpoints")  # the command line shows what is said here on stderr
 
 State = Literal["finished", "incomplete", "stalled", "refused"]
 
@@ -97,13 +100,24 @@ def newest_finished(run: Path) -> Candidate:
         NotFound: as `checkpoints_of`, or none is finished; says why the newest is not.
     """
     found = checkpoints_of(run)
-    for candidate in reversed(found):
-        if look_at(candidate.folder).state == "finished":
-            return candidate
-    newest, _ = look_into(found[-1])
-    raise NotFound(
-        f"none of the {len(found)} checkpoints in '{run}' is finished: the newest is {newest.state}: {newest.reason}"
-    )
+    chosen_from = originals(found)
+    newest = next((one for one in reversed(chosen_from) if look_once(one.folder).state == "finished"), None)
+    if newest is None:
+        last, _ = look_into(chosen_from[-1])
+        raise NotFound(
+            f"none of the {len(found)} checkpoints in '{run}' is finished: the newest is {last.state}: {last.reason}"
+        )
+    _say_what_is_newer(found[found.index(newest) + 1 :], newest)
+    return newest
+
+
+def _say_what_is_newer(passed_over: Sequence[Candidate], newest: Candidate) -> None:
+    for candidate in reversed(passed_over[-SAID:]):
+        row, _ = look_into(candidate)
+        reason = f"{row.state}: {row.reason}" if row.reason else "a copy of one, or made of one"
+        log.info("'%s' is newer than %s, but is %s", candidate.folder, newest.folder.name, reason)
+    if len(passed_over) > SAID:
+        log.info("and %d more are newer", len(passed_over) - SAID)
 
 
 def metadata_of(
@@ -129,6 +143,7 @@ def look_into(candidate: Candidate) -> tuple[Metadata, str]:
 def _look_into(candidate: Candidate) -> tuple[Metadata, str]:
     path = candidate.folder
     look, layout = examine(path)
+    look = settled(look)
     state, reason = _judged(look)
     is_file = path.is_file()
     facts = facts_at(path, candidate.step, layout)
@@ -187,7 +202,7 @@ def with_content_digest(row: Metadata) -> Metadata:
 
 
 def _judged(look: Look) -> tuple[State, str | None]:
-    """What only quiet time could call finished is incomplete, as one look can't."""
+    """What is only whole is incomplete, as one look can't tell."""
     if look.state == "finished":
         return "finished", None
     if look.state == "refused":
@@ -198,19 +213,6 @@ def _judged(look: Look) -> tuple[State, str | None]:
         if quiet >= STALLED:
             return "stalled", f"{look.reason}; nothing was written for {in_words(quiet)}"
     return "incomplete", look.reason
-
-
-def last_change(path: Path, now: float) -> float:
-    """When a file, or anything in a folder, changed last, in seconds since 1970: a copy that keeps its source's times
-    changed when it was made, and a time to come is none. Raises OSError."""
-    status = path.lstat()
-    newest = max(moment for moment in (0.0, status.st_mtime, status.st_ctime) if moment <= now)
-    if stat.S_ISDIR(status.st_mode):
-        with os.scandir(path) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):
-                    newest = max(newest, last_change(Path(entry.path), now))
-    return newest
 
 
 def _config(folder: Path) -> AdapterConfig | None:
@@ -240,7 +242,7 @@ def _size(folder: Path, *, whole: bool) -> int | None:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # gone, or a link that leads in a circle
                     if entry.is_file():
                         total += entry.stat().st_size
                     elif whole and entry.is_dir(follow_symlinks=False):

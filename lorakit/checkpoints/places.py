@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+
+from lorakit.files.regular import at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,9 @@ class LocalPlace:
                         found[each.name] = _entry(each.stat())
                 except FileNotFoundError:  # a link to nowhere, or gone since
                     continue
+                except OSError:
+                    if not each.is_symlink():  # one that leads in a circle hides nothing
+                        raise
         return found
 
     @property
@@ -116,7 +123,9 @@ class LocalPlace:
         return self._inside[name]
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> bytes:
-        with open(self.local(name), "rb") as stream:
+        with open(self.local(name), "rb", opener=at_once) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "a pipe or a device, not a file", stream.name)
             stream.seek(start)
             return stream.read(-1 if count is None else count)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.adapters.reading import UNFINISHED
-from lorakit.checkpoints.finished import CHECKPOINT, MARKERS, Look, look_at
+from lorakit.checkpoints.finished import CHECKPOINT, MARKERS, STALLED, Look, look_at
 from lorakit.checkpoints.retention import Checkpoint, KeepBest, Retention, in_words
 from lorakit.checkpoints.trainer_state import read_facts
 from lorakit.errors import LorakitError, NotFound, disk_errors_named
@@ -27,10 +27,9 @@ from lorakit.files.folders import clear_abandoned, sync_folder
 from lorakit.store.catalog import Facts, Revision, Run, own_eval_loss
 from lorakit.store.store import bases_in, default_home, open_store
 from lorakit.store.trash import trash_path
-from lorakit.store.trash_folders import Taken, put_back
+from lorakit.store.trash_folders import HIDDEN, Taken, put_back
 
 ABANDONED = 86_400.0  # seconds without a change after which nobody is taken to be writing any more
-TRASH = ".lorakit-trash-"
 
 State = Literal["finished", "unfinished", "abandoned", "link"]
 Entry = tuple[str, int, int, int]  # path within the folder, size, time of the last write, inode
@@ -129,7 +128,10 @@ def plan_prune(run: Path, retention: Retention, *, home: Path | None = None, now
     home, now = home or default_home(), time.time() if now is None else now
     found = _sighted_in(run, now)
     if not found:
-        raise NotFound(f"'{run}' holds no checkpoint-N folder: name the folder that the trainer writes them into")
+        raise NotFound(
+            f"'{run}' holds no checkpoint-N folder, and no others are pruned: name the folder that the Trainer writes "
+            f"them into, or remove single ones with lorakit rm"
+        )
     held = _held(run, home)
     finished = [one.checkpoint for one in found if one.state == "finished"]
     certain = {one.checkpoint.name: _certain(one, held.get(_real(one.folder), ())) for one in found}
@@ -154,7 +156,7 @@ def execute_prune(plan: PrunePlan, *, now: float | None = None, to_trash: bool =
     current = {verdict.name: verdict for verdict in again.verdicts}
     removed, spared, left, trashed = [], {}, [], {}
     with disk_errors_named(plan.run):
-        clear_abandoned(plan.run, TRASH)
+        clear_abandoned(plan.run, HIDDEN)
         for verdict in plan.going:
             latest = current.get(verdict.name)
             if latest is None:
@@ -201,7 +203,7 @@ def _removed(sighted: Sighted, home: Path | None) -> Path | None:
 
 def _taken_out(sighted: Sighted) -> Path | None:
     """The checkpoint under a hidden name; None, and nothing changed, when it is not what it was."""
-    folder, trash = sighted.folder, sighted.folder.with_name(f"{TRASH}{sighted.folder.name}-{uuid.uuid4().hex[:12]}")
+    folder, trash = sighted.folder, sighted.folder.with_name(f"{HIDDEN}{sighted.folder.name}-{uuid.uuid4().hex[:12]}")
     if not _is_unchanged(folder, sighted.contents):
         return None
     try:
@@ -302,11 +304,11 @@ def _statuses(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _state(look: Look, contents: Contents, now: float) -> tuple[State, str]:
-    """Finished, or not with the reason. A checkpoint that is no adapter needs its writer's last file."""
+    """Finished, or not with the reason."""
     quiet = now - contents.changed
     if look.state == "finished":
         return "finished", look.reason
-    if look.state == "whole" and look.kind == "adapter" and quiet >= ABANDONED:
+    if look.state == "whole" and quiet >= STALLED:
         return "finished", f"whole, and unchanged for {in_words(quiet)}"
     if look.state == "refused" and look.vouched_by:
         return "finished", f"{look.vouched_by} is there, its writer's last file"

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,6 +18,7 @@ from lorakit.checkpoints.places import LocalPlace
 from lorakit.checkpoints.writers import accelerate, folder_written_by, litgpt, written_by
 from lorakit.checkpoints.writers.torch_keys import keys_in, step_in
 from lorakit.errors import NotFound
+from lorakit.files.provenance import FILE as PROVENANCE
 from lorakit.store.catalog import Label
 
 FILES = (".ckpt", ".pt", ".pth")
@@ -24,6 +26,11 @@ _TEMPORARY = (".", "tmp-checkpoint-")
 _COPY = re.compile(r"([A-Za-z][\w,+]*)_checkpoint-(\d{1,18})")  # of some states of a checkpoint: model_checkpoint-500
 _STEP = re.compile(r"(?:^|[^A-Za-z])(?:global_)?(?:step|iter|iteration|checkpoint|ckpt)s?[-_=]?(\d{1,18})(?!\d)", re.I)
 _EPOCH = re.compile(r"(?:^|[^A-Za-z])epoch[-_=]?(\d{1,18})(?!\d)", re.I)
+_FOLDER = re.compile(  # a whole name: what follows the number of a copy is somebody's own
+    r"(?:epoch[-_=]?\d{1,18}[-_]?)?(?:(?:global_)?(?:step|iter|iteration|checkpoint|ckpt)s?[-_=]?\d{1,18})?"
+    r"(?:_universal)?|.*\.ckpt",
+    re.I,
+)
 _PARTS = re.compile(
     r"(optimizer|scheduler|scaler|rng|random|training_args|adapter_model|recipe|lit_model|trainer).*|.*_states"
 )
@@ -33,7 +40,8 @@ _PARTS = re.compile(
 class Candidate:
     """A folder, or a file, that may hold a checkpoint: the run it belongs to, and what it is in that run.
 
-    `name` is what it is called there, where its step alone does not say which it is.
+    `name` is what it is called there, where its step alone does not say which it is. A `copy` holds what another holds
+    too, or what was made of one: it is listed, and chosen only where there is no other.
     """
 
     folder: Path
@@ -41,6 +49,7 @@ class Candidate:
     kind: Label
     step: int | None = None
     name: str = ""
+    copy: bool = False
 
     @property
     def place(self) -> tuple[str, Path]:
@@ -111,7 +120,14 @@ def _checkpoint(path: str, run: str) -> Candidate | None:
 
 def _folders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.path for entry in entries if not entry.name.startswith(_TEMPORARY) and entry.is_dir())
+        return sorted(entry.path for entry in entries if not entry.name.startswith(_TEMPORARY) and _is_folder(entry))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle, or where nobody may look
+        return False
 
 
 # what commands call a run
@@ -124,11 +140,11 @@ def checkpoints_in(folder: Path) -> list[Candidate]:
         NotFound: it is not there.
     """
     if folder.is_file():
-        return [of_file(folder, Path(os.path.abspath(folder)).parent.name)]
+        return [_of_named_file(folder)]
     if not folder.is_dir():
         raise NotFound(f"there is no folder '{folder}'")
     return _named(folder) or [
-        *files_below(folder, Path(os.path.abspath(folder)).name),
+        *_told_apart(files_below(folder, Path(os.path.abspath(folder)).name)),
         *(found for child in _folders(folder) for found in _of_child(Path(child))),
     ]
 
@@ -141,7 +157,7 @@ def checkpoints_of(run: Path) -> list[Candidate]:
     """
     if run.is_file():
         return checkpoints_in(run)
-    found = (_named(run) or files_below(run, Path(os.path.abspath(run)).name)) if run.is_dir() else []
+    found = (_named(run) or _in_run(run, Path(os.path.abspath(run)).name)) if run.is_dir() else []
     if found:
         return found
     if others := sorted({candidate.run for candidate in checkpoints_in(run)}):
@@ -157,24 +173,60 @@ def _named(folder: Path) -> list[Candidate]:
     return [replace(one, folder=folder) if folder.name else one]
 
 
+def originals(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that the latest and the best are chosen from."""
+    return [candidate for candidate in candidates if not candidate.copy] or list(candidates)
+
+
+def _of_named_file(file: Path) -> Candidate:
+    """Raises NotFound when it is a part of a checkpoint."""
+    folder = Path(os.path.abspath(file)).parent
+    try:
+        layout = folder_written_by(LocalPlace(folder))
+    except OSError:
+        layout = None
+    if layout is not None and file.name in layout.files:
+        raise NotFound(f"'{file}' is a part of the checkpoint '{folder}': name that")
+    return of_file(file, folder.name)
+
+
 def _of_child(folder: Path) -> list[Candidate]:
     try:
-        return checkpoints_below(folder, folder.name) or files_below(folder, folder.name)
+        return _in_run(folder, folder.name)
     except OSError:  # it went away, or belongs to someone else
         return []
 
 
+def _in_run(folder: Path, run: str) -> list[Candidate]:
+    """Lightning's `version_0` has them in a folder of their own. Raises OSError."""
+    found = checkpoints_below(folder, run) or _told_apart(files_below(folder, run))
+    inner = folder / "checkpoints"
+    return found or (_in_run(inner, run) if os.path.isdir(inner) and not inner.is_symlink() else [])
+
+
 def checkpoints_below(folder: Path, run: str) -> list[Candidate]:
     """The checkpoints of a run, whoever wrote them, in the order of steps, its own root last. Those of an unknown step
-    come first, by epoch and by time.
+    come first, by epoch and by time. None where there are but files, as those may lie beside runs.
 
     Raises:
         OSError: it is not there.
     """
     found = [*_in_folders(folder, run)]
     root = _root(folder, run, bool(found))
-    found.sort(key=_by_step)
+    if found:
+        found = sorted(_told_apart([*found, *files_below(folder, run)]), key=_by_step)
     return [*found, *([root] if root else [])]
+
+
+def _told_apart(candidates: list[Candidate]) -> list[Candidate]:
+    """Where two would have one id, each but a `checkpoint-N` has its own file's name."""
+    times = Counter((one.kind, one.step, one.name) for one in candidates)
+    return [
+        replace(one, name=one.folder.name.removesuffix(".ckpt"))
+        if times[one.kind, one.step, one.name] > 1 and not CHECKPOINT.fullmatch(one.folder.name)
+        else one
+        for one in candidates
+    ]
 
 
 def files_below(folder: Path, run: str) -> list[Candidate]:
@@ -202,13 +254,17 @@ def one_named(folder: Path) -> Candidate | None:
 
 def _in_folders(folder: Path, run: str) -> Iterator[Candidate]:
     for path in _folders(folder):
+        if _leads_beside(Path(path)):  # a name that somebody gave to one of them
+            continue
         if found := _checkpoint(path, run) or _of_folder(Path(path), run):
             yield found
 
 
 def _of_folder(folder: Path, run: str) -> Candidate | None:
     name = folder.name
-    copy, step, epoch = _COPY.fullmatch(name), _STEP.search(name), _EPOCH.search(name)
+    copy = _COPY.fullmatch(name)
+    is_whole = _FOLDER.fullmatch(name) is not None
+    step, epoch = (_STEP.search(name), _EPOCH.search(name)) if is_whole else (None, None)
     if not (copy or step or epoch or name == "final"):
         return None
     try:
@@ -218,12 +274,14 @@ def _of_folder(folder: Path, run: str) -> Candidate | None:
     if found is None:
         return None
     if copy:
-        return Candidate(folder, run, "step", int(copy[2]), f"{copy[1]}-step-{copy[2]}")
+        return Candidate(folder, run, "step", int(copy[2]), f"{copy[1]}-step-{copy[2]}", copy=True)
     if name == "final":
         return Candidate(folder, run, "final") if found[0] is litgpt else None
+    made = (folder / PROVENANCE).is_file()  # by lorakit, of another
     if step is None or (found[0] is accelerate and name.startswith("checkpoint_")):  # which counts what it saved
-        return Candidate(folder, run, "step", None, name)
-    return Candidate(folder, run, "step", int(step[1]), f"universal-step-{step[1]}" if "universal" in name else "")
+        return Candidate(folder, run, "step", None, name, copy=made)
+    universal = f"universal-step-{step[1]}" if "universal" in name else ""
+    return Candidate(folder, run, "step", int(step[1]), universal, copy=made)
 
 
 def _root(folder: Path, run: str, has_steps: bool) -> Candidate | None:
@@ -241,9 +299,9 @@ def _is_checkpoint_file(name: str) -> bool:
     return ending in FILES and not name.startswith(".") and not _PARTS.fullmatch(stem)
 
 
-def _leads_beside(file: Path) -> bool:
-    """Whether it is a link to another file of the same folder, as Lightning's `last.ckpt` may be."""
-    return file.is_symlink() and os.path.dirname(os.path.realpath(file)) == os.path.realpath(file.parent)
+def _leads_beside(path: Path) -> bool:
+    """Whether it is a link to another one of the same folder, as Lightning's `last.ckpt` may be."""
+    return path.is_symlink() and os.path.dirname(os.path.realpath(path)) == os.path.realpath(path.parent)
 
 
 def _by_step(candidate: Candidate) -> tuple[bool, int, int, float, bool, str]:

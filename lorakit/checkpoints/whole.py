@@ -10,6 +10,7 @@ from typing import Any
 from lorakit.adapters.config import parse_config
 from lorakit.checkpoints.places import Entry, Place, entry_of, within
 from lorakit.errors import InvalidFile
+from lorakit.files.folders import MAX_JSON, parse_json
 from lorakit.files.safetensors import MAX_HEADER, Header, parse_header
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".lora")
@@ -130,7 +131,7 @@ def read_object(place: Place, name: str) -> dict[str, Any]:
     """A JSON object. Raises OSError, and InvalidFile when it is none, or not wholly there."""
     holder, last = within(place, name)
     try:
-        said = json.loads(holder.read(last))
+        said = parse_json(holder.read(last, 0, MAX_JSON + 1))
     except (ValueError, RecursionError) as error:
         raise InvalidFile(f"{name} can't be read as JSON: {error}") from None
     if not isinstance(said, dict):

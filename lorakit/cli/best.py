@@ -26,7 +26,8 @@ def command(run: str, metric: str, mode: Mode | None, as_json: bool) -> None:
     """Print the path of a run's best finished checkpoint, and nothing else.
 
     That is the one with the lowest eval_loss that was measured at its own step: an evaluation of another step says
-    nothing of it. Where there is no folder RUN, it is one that the store knows. Ends with 3 when there is none.
+    nothing of it. Of train_loss, the newest up to its step counts. Where there is no folder RUN, it is one that the
+    store knows. Ends with 3 when there is none.
 
     \b
     lorakit best runs/sql
@@ -39,7 +40,7 @@ def command(run: str, metric: str, mode: Mode | None, as_json: bool) -> None:
     from lorakit.checkpoints.listing import best_of
     from lorakit.checkpoints.metadata import metadata_of, stored_by_path
     from lorakit.checkpoints.remembered import metadata_of_all
-    from lorakit.checkpoints.runs import checkpoints_of
+    from lorakit.checkpoints.runs import checkpoints_of, originals
     from lorakit.store.store import default_home
 
     home = default_home()
@@ -50,7 +51,7 @@ def command(run: str, metric: str, mode: Mode | None, as_json: bool) -> None:
         else:
             print(row.path)
         return
-    candidates = checkpoints_of(Path(run))
+    candidates = originals(checkpoints_of(Path(run)))
     rows = metadata_of_all(candidates, {}, home)
     best = rows.index(best_of(rows, metric, mode))
     if as_json:

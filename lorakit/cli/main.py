@@ -26,7 +26,7 @@ VERBS = {
     "methods": "List the methods of mixing, and what they are good for.",
     "shrink": "Give an adapter a smaller rank, and say what that lost.",
     "compare": "Say how adapters lie to one another, before they are mixed.",
-    "diff": "Say what changed from one adapter to the next, tensor by tensor and delta by delta.",
+    "diff": "Say what changed from one checkpoint to the next, tensor by tensor, and of adapters delta by delta.",
     "show": "Say all that is known of a checkpoint or a run, and what it was made of.",
     "extract": "Write what a full fine-tune changed as an adapter of its base.",
     "ls": "List checkpoints with step, losses, base, size and state.",

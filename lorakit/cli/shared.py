@@ -91,7 +91,7 @@ def weighted(argument: str) -> tuple[str, float]:
         UsageError: the weight is no finite number.
     """
     path, separator, weight = argument.rpartition("=")
-    if not separator or os.path.isdir(argument):
+    if not separator or os.path.isdir(argument) or "://" in argument:  # in an address it is part of a secret
         return argument, 1.0
     try:
         value = float(weight)

@@ -40,8 +40,12 @@ def run_at(folder: Path) -> list[Candidate]:
 
 def show_run(folder: Path, candidates: Sequence[Candidate], plot: str | None, *, as_json: bool) -> None:
     """Which checkpoints it has, and which are the latest and the best."""
+    from lorakit.checkpoints.runs import originals
+
     rows = _rows(candidates, with_digest=as_json)
-    latest, best = _latest(rows), _best(rows)
+    paths = {os.path.abspath(candidate.folder) for candidate in originals(candidates)}
+    chosen_from = [row for row in rows if row.path in paths]
+    latest, best = _latest(chosen_from), _best(chosen_from)
     if plot is not None:
         _plot(rows, _names(rows), rows[-1].run, plot)
     steps = [row.step for row in rows if row.step is not None]

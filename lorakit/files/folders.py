@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import Conflict, InvalidFile, LorakitError, disk_errors_named
+from lorakit.errors import Conflict, InvalidFile, LorakitError, NotFound, disk_errors_named
+from lorakit.files.regular import opened
 
 FileState = tuple[int, int, int]
+MAX_JSON = 1 << 28  # bytes; the longest logs and indexes are far below
 
 
 @contextmanager
@@ -222,12 +224,22 @@ def read_json(file: Path) -> dict[str, Any]:
         InvalidFile: the file can't be read or parsed, or holds no object.
     """
     try:
-        value = json.loads(file.read_bytes())
+        with opened(file) as stream:
+            value = parse_json(stream.read(MAX_JSON + 1))
+    except NotFound as error:
+        raise InvalidFile(str(error)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidFile(f"'{file}' can't be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidFile(f"'{file}' holds no JSON object")
     return value
+
+
+def parse_json(raw: bytes) -> Any:
+    """Raises ValueError, or RecursionError, when it is none, or longer than `MAX_JSON`."""
+    if len(raw) > MAX_JSON:
+        raise ValueError(f"it is longer than {MAX_JSON} bytes")
+    return json.loads(raw)
 
 
 def write_json(file: Path, value: Any) -> None:

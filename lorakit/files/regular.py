@@ -21,7 +21,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         InvalidFile: it is no regular file, or may not be read.
     """
     try:
-        stream = open(file, "rb", opener=_at_once)  # noqa: SIM115
+        stream = open(file, "rb", opener=at_once)  # noqa: SIM115
     except FileNotFoundError:
         raise NotFound(f"there is no file '{file}'") from None
     except IsADirectoryError:
@@ -41,5 +41,6 @@ def denied(path: str | Path) -> str:
     return f"'{path}' can't be read: permission denied; chmod it, or run as its owner"
 
 
-def _at_once(path: str, flags: int) -> int:
+def at_once(path: str, flags: int) -> int:
+    """For `open`: a pipe is not waited for."""
     return os.open(path, flags | os.O_NONBLOCK)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import InvalidFile, NotFound
+from lorakit.files.regular import at_once
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -67,9 +69,11 @@ def read_header(file: Path) -> Header:
         InvalidFile: it is cut short, isn't safetensors, or its offsets don't cover the data exactly once.
     """
     try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            head = stream.read(8)
+        with open(file, "rb", opener=at_once) as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InvalidFile(f"'{file}' is a pipe or a device, not a file")
+            size, head = status.st_size, stream.read(8)
             if len(head) < 8:
                 raise InvalidFile(f"'{file}' is cut short: {size} bytes are no safetensors file")
             (length,) = struct.unpack("<Q", head)

@@ -42,6 +42,20 @@ def load_tensor(stored: StoredTensor) -> torch.Tensor:
     return tensor
 
 
+def load_range(stored: StoredTensor, begin: int, end: int) -> torch.Tensor:
+    """Elements [begin, end) in the order of their indices, flat.
+
+    Raises:
+        NotFound, InvalidFile: the file is gone, or became shorter; or torch has no such dtype.
+    """
+    import torch
+
+    tensor = torch.empty(end - begin, dtype=torch_dtype(stored.dtype))
+    with _opened(stored) as stream:
+        read_into(stream.fileno(), tensor_bytes(tensor), stored.start + begin * tensor.itemsize, stored)
+    return tensor
+
+
 def load_floats(stored: StoredTensor) -> torch.Tensor:
     """Read one whole tensor of finite numbers.
 

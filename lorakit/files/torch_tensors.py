@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.errors import InvalidFile
 from lorakit.files.safetensors import DTYPE_BITS, StoredTensor
-from lorakit.files.tensors import TORCH_NAMES, load_tensor
+from lorakit.files.tensors import TORCH_NAMES, load_range, load_tensor, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # safetensors' names by torch's; what else torch has (quantised, complex128) has none.
 DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 MAX_ELEMENTS = 1 << 60
+SPAN = 1 << 22  # elements that are read at once of what isn't contiguous
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,50 @@ def load_torch_tensor(name: str, tensor: StoredTorchTensor) -> torch.Tensor:
     start, end = tensor.span
     spanned = StoredTensor(name, tensor.file, tensor.dtype, ((end - start) // tensor.itemsize,), start, end)
     return torch.as_strided(load_tensor(spanned), tensor.shape, tensor.stride)
+
+
+def load_torch_range(name: str, tensor: StoredTorchTensor, begin: int, end: int) -> torch.Tensor:
+    """Elements [begin, end) in the order of their indices, flat. Of what isn't contiguous, all that stands in the file
+    between elements of those rows is read too, a few MB at a time.
+
+    Raises:
+        NotFound, InvalidFile: as `load_torch_tensor`.
+    """
+    import torch
+
+    stored = as_stored(name, tensor)
+    if stored is not None:
+        return load_range(stored, begin, end)
+    if begin == end:
+        return torch.empty(0, dtype=torch_dtype(tensor.dtype))
+    row = math.prod(tensor.shape[1:])
+    first, last = begin // row, -(-end // row)
+    if last - first == 1 and len(tensor.shape) > 1:
+        return load_torch_range(name, _index(tensor, first), begin - first * row, end - first * row)
+    rows = torch.empty((last - first, *tensor.shape[1:]), dtype=torch_dtype(tensor.dtype))
+    _read_view(name, rows_of(tensor, first, last), rows)
+    return rows.reshape(-1)[begin - first * row : end - first * row]
+
+
+def _read_view(name: str, tensor: StoredTorchTensor, into: torch.Tensor) -> None:
+    """Along the axis of the widest stride, as many indices at once as stand within `SPAN` elements."""
+    reach = _reach(tensor.shape, tensor.stride)
+    if reach <= SPAN:
+        into.copy_(load_torch_tensor(name, tensor))
+        return
+    axis = max((axis for axis, size in enumerate(tensor.shape) if size > 1), key=lambda axis: tensor.stride[axis])
+    step = max(1, (SPAN - reach) // tensor.stride[axis] + tensor.shape[axis])
+    for start in range(0, tensor.shape[axis], step):
+        count = min(step, tensor.shape[axis] - start)
+        shape = (*tensor.shape[:axis], count, *tensor.shape[axis + 1 :])
+        part = replace(tensor, shape=shape, offset=tensor.offset + start * tensor.stride[axis])
+        _read_view(name, part, into.narrow(axis, start, count))
+
+
+def _index(tensor: StoredTorchTensor, place: int) -> StoredTorchTensor:
+    """`tensor[place]`."""
+    offset = tensor.offset + place * tensor.stride[0]
+    return replace(tensor, shape=tensor.shape[1:], stride=tensor.stride[1:], offset=offset)
 
 
 def rows_of(tensor: StoredTorchTensor, start: int, stop: int) -> StoredTorchTensor:

@@ -290,10 +290,10 @@ def test_what_belongs_to_another_user_is_told_with_the_cure(
     folder = finish_by_hand(done, tmp_path / "checkpoint-500")
     opened = open
 
-    def denied(file: object, *more: object) -> object:
+    def denied(file: object, *more: object, **named: object) -> object:
         if str(file).endswith(WEIGHTS):
             raise PermissionError(13, "Permission denied", str(file))
-        return opened(file, *more)  # type: ignore[call-overload]
+        return opened(file, *more, **named)  # type: ignore[call-overload]
 
     monkeypatch.setattr("builtins.open", denied)
     found = look_at(folder)

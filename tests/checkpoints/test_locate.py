@@ -78,7 +78,9 @@ def test_a_run_stands_for_its_newest_finished_checkpoint_and_that_is_said(
     (run / "checkpoint-best").mkdir()
     with caplog.at_level(logging.INFO, "lorakit"):
         assert open_adapter(str(run)).sources[0].folder == run / "checkpoint-100"
-    assert caplog.messages == [f"'{run}' is a run: its newest finished checkpoint is checkpoint-100"]
+    newer, chosen = caplog.messages
+    assert newer.startswith(f"'{run / 'checkpoint-200'}' is newer than checkpoint-100, but is incomplete: ")
+    assert chosen == f"'{run}' is a run: its newest finished checkpoint is checkpoint-100"
 
 
 def test_a_checkpoint_that_is_named_is_that_one_and_nothing_is_said(

@@ -36,6 +36,7 @@ from tests.checkpoints.written import evaluated, finish, write_checkpoint, write
 from tests.folders import write_adapter, write_base
 
 STATE = "trainer_state.json"
+WAIT = "`lorakit check` waits and sees, and after 1 h it counts"
 
 
 @pytest.fixture(scope="module")
@@ -137,18 +138,19 @@ def test_an_index_that_is_none_is_incomplete(tmp_path: Path, index: str) -> None
 
 def test_a_whole_model_needs_its_writers_last_file(tmp_path: Path) -> None:
     folder = write_base(tmp_path / "checkpoint-5")
-    assert only(folder).reason == "nothing says yet that its writer is done"
+    assert only(folder).reason == f"nothing says yet that its writer is done; {WAIT}"
     finish(folder)
     assert only(folder).state == "finished"
     os.utime(folder / "model.safetensors", ns=(5 * 10**18, 5 * 10**18))
-    assert only(folder).reason == "model.safetensors is newer than trainer_state.json, its writer's last file"
+    older = "model.safetensors is newer than trainer_state.json, its writer's last file"
+    assert only(folder).reason == f"{older}; if it is a copy, `touch {folder / STATE}`"
     (folder / "checkpoint-is-incomplete.txt").touch()
     assert "still writing" in (only(folder).reason or "")
 
 
 def test_a_state_of_another_step_does_not_finish_a_whole_model(tmp_path: Path) -> None:
     folder = write_model_checkpoint(tmp_path / "checkpoint-5").rename(tmp_path / "checkpoint-6")
-    assert (only(folder).state, only(folder).reason) == ("incomplete", "trainer_state.json is of step 5")
+    assert (only(folder).state, only(folder).reason) == ("incomplete", f"trainer_state.json is of step 5; {WAIT}")
 
 
 def test_a_distributed_checkpoint_is_finished_by_its_metadata_alone(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_only_time_could_call_finished_is_incomplete(tmp_path: Path) -> None:
-    assert only(write_adapter(tmp_path / "chat")).reason == "nothing says yet that its writer is done"
+    assert only(write_adapter(tmp_path / "chat")).reason == f"nothing says yet that its writer is done; {WAIT}"
 
 
 @pytest.fixture
@@ -219,14 +221,35 @@ def test_what_stays_unfinished_for_an_hour_is_stalled(tmp_path: Path, an_hour_la
     assert [row.state for row in listed(tmp_path / "sql")] == ["stalled", "stalled"]
 
 
-def test_what_is_whole_finished_or_still_written_to_is_not_stalled(tmp_path: Path, an_hour_later: None) -> None:
+def test_what_is_whole_or_finished_or_still_written_to_is_not_stalled(tmp_path: Path, an_hour_later: None) -> None:
     whole, done = write_adapter(tmp_path / "whole"), write_checkpoint(tmp_path / "done")
     growing = write_checkpoint(tmp_path / "growing" / "checkpoint-5")
     (growing / "adapter_config.json").unlink()
     (growing / "global_step5").mkdir()
     (growing / "global_step5" / "rank_0.pt").touch()
     os.utime(growing / "global_step5" / "rank_0.pt", (time.time(), time.time()))
-    assert [only(folder).state for folder in (whole, done, growing)] == ["incomplete", "finished", "incomplete"]
+    assert [only(folder).state for folder in (whole, done, growing)] == ["finished", "finished", "incomplete"]
+
+
+def test_a_plain_copy_is_finished_when_it_was_left_alone_for_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "old" / "checkpoint-5")
+    copy = tmp_path / "run" / "checkpoint-5"
+    copy.mkdir(parents=True)
+    for name in (STATE, "adapter_config.json", "adapter_model.safetensors"):  # in an order of its own
+        shutil.copyfile(checkpoint / name, copy / name)
+        os.utime(copy / name, ns=(10**18 + len(list(copy.iterdir())),) * 2)
+    with pytest.raises(NotFound, match="if it is a copy, `touch"):
+        newest_finished(copy)
+    later = time.time() + 2.3 * STALLED
+    monkeypatch.setattr("time.time", lambda: later)
+    assert (only(copy).state, newest_finished(copy).folder) == ("finished", copy)
+    linked = tmp_path / "linked" / "checkpoint-5"
+    linked.parent.mkdir()
+    linked.symlink_to(copy)
+    os.utime(copy / "adapter_model.safetensors", (later, later))
+    assert only(linked).state == "incomplete"
 
 
 def test_what_lorakit_wrote_appeared_whole(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from lorakit.checkpoints import pruning
-from lorakit.checkpoints.pruning import ABANDONED, TRASH, PrunePlan, execute_prune, plan_prune
+from lorakit.checkpoints.finished import STALLED
+from lorakit.checkpoints.pruning import ABANDONED, PrunePlan, execute_prune, plan_prune
 from lorakit.checkpoints.retention import KeepBest, KeepEvery, KeepLast, Policy, Retention
 from lorakit.errors import LorakitError, NotFound
 from lorakit.store.catalog import Facts
 from lorakit.store.store import Source, Store
+from lorakit.store.trash_folders import HIDDEN
 from tests.folders import factors, linear_modules, write_adapter, write_base
 
 SMALL = factors(linear_modules(1))
@@ -124,9 +126,9 @@ def test_what_is_no_checkpoint_of_the_run_is_not_even_looked_at(run: Path) -> No
 def test_an_unfinished_one_stays_while_it_is_young(run: Path) -> None:
     put(run, 50, done=False)
     (put(run, 60, done=False) / "adapter_model.safetensors").write_bytes(b"")
-    assert going(run) == [100, 200, 300, 400]
+    assert going(run, later=STALLED - 60) == [100, 200, 300, 400]
     assert reasons(run, 60).startswith("unfinished: ")
-    assert going(run, later=ABANDONED - 60) == [100, 200, 300, 400]
+    assert going(run, later=ABANDONED - 60) == [50, 100, 200, 300, 400], "what is whole counts after an hour"
 
 
 def test_a_cut_short_one_goes_after_a_quiet_day_and_a_whole_one_counts_as_finished(run: Path) -> None:
@@ -165,15 +167,16 @@ def test_an_adapter_that_cant_be_read_stays_however_old(run: Path, monkeypatch: 
     assert 50 not in going(run, later=10 * ABANDONED)
 
 
-def test_a_regular_checkpoint_goes_when_its_writers_last_file_says_that_it_was_done(run: Path) -> None:
+def test_a_regular_checkpoint_goes_when_its_writers_last_file_or_an_hour_says_that_it_was_done(run: Path) -> None:
     for step in (10, 20):
         folder = write_base(run / f"checkpoint-{step}")
         for file in folder.iterdir():
             os.utime(file, (START, START))
     (run / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10}')
     os.utime(run / "checkpoint-10" / "trainer_state.json", (START + 1, START + 1))
-    assert going(run, later=10 * ABANDONED) == [10, 100, 200, 300, 400]
+    assert going(run, later=STALLED - 60) == [10, 100, 200, 300, 400]
     assert "can't be called finished" in reasons(run, 20)
+    assert going(run, later=STALLED + 60) == [10, 20, 100, 200, 300, 400]
     (run / "checkpoint-10" / "model.safetensors").write_bytes(b"again")
     assert going(run) == [100, 200, 300, 400]
 
@@ -324,7 +327,7 @@ def test_killed_at_any_moment_no_checkpoint_is_half_there_and_the_next_call_clea
             dies_at(patch, moment)
             execute_prune(planned)
             ended = True
-        seen = {path.name: len(list(path.iterdir())) for path in place.iterdir() if not path.name.startswith(TRASH)}
+        seen = {path.name: len(list(path.iterdir())) for path in place.iterdir() if not path.name.startswith(HIDDEN)}
         assert seen.items() <= whole.items()
         assert "checkpoint-500" in seen
         execute_prune(plan(place))
@@ -341,7 +344,7 @@ def test_two_prunes_at_once_take_nothing_from_each_other(run: Path, monkeypatch:
     others: list[tuple[str, ...]] = []
 
     def other_comes_in(folder: Path, before: pruning.Contents) -> bool:
-        if folder.name.startswith(TRASH) and not others:
+        if folder.name.startswith(HIDDEN) and not others:
             others.append(())
             others[0] = execute_prune(second).removed
         return unchanged(folder, before)
@@ -357,5 +360,5 @@ def test_what_cant_be_removed_wholly_is_out_of_the_run_and_told(run: Path, monke
     planned = plan(run, KeepLast(4))
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     (left,) = execute_prune(planned).left
-    assert left.name.startswith(f"{TRASH}checkpoint-100-")
+    assert left.name.startswith(f"{HIDDEN}checkpoint-100-")
     assert not (run / "checkpoint-100").exists()

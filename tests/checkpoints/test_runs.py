@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,17 @@ import pytest
 import torch
 
 from lorakit.checkpoints.metadata import metadata_of, newest_finished
-from lorakit.checkpoints.runs import Candidate, candidates_of, checkpoints_in, find_candidates
+from lorakit.checkpoints.runs import (
+    Candidate,
+    candidates_of,
+    checkpoints_in,
+    checkpoints_of,
+    find_candidates,
+    originals,
+)
+from lorakit.errors import NotFound
 from tests.checkpoints.writings import WRITINGS, Disk, torch_bytes
+from tests.checkpoints.written import evaluated, write_checkpoint
 
 
 def put(*folders: Path) -> None:
@@ -189,3 +199,60 @@ def test_the_server_knows_no_other_runs_than_those_with_checkpoint_folders(tmp_p
         Disk(tmp_path / "lit" / "step-500").file(each).write_bytes(writing.bytes_of(each, 0))
     put(tmp_path / "sql" / "checkpoint-5", tmp_path / "sql" / "model_checkpoint-5")
     assert found(tmp_path) == [("sql", "step", 5)]
+
+
+def test_copies_and_what_people_named_themselves_are_never_the_newest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    checkpoint = write_checkpoint(run / "checkpoint-2", [evaluated(2, 1.0)])
+    for name in ("model_checkpoint-4", "checkpoint-4-old", "checkpoint-2.bak", "checkpoint-10-merged", "step-900"):
+        shutil.copytree(checkpoint, run / name)
+    (run / "step-900" / "lorakit.json").write_text("{}")
+    (run / "before-step-9000").symlink_to("checkpoint-2")
+    (run / "checkpoint-9").symlink_to("checkpoint-2")
+    assert [id for id, _ in listed(run)] == ["run@step-2", "run@model-step-4", "run@step-900"]
+    with caplog.at_level("INFO", "lorakit"):
+        assert newest_finished(run).folder == run / "checkpoint-2"
+    assert [message.partition(" is newer")[0] for message in caplog.messages] == [
+        f"'{run / 'step-900'}'", f"'{run / 'model_checkpoint-4'}'",
+    ]  # fmt: skip
+    assert [one.folder.name for one in originals(checkpoints_of(run))] == ["checkpoint-2"]
+    shutil.rmtree(run / "checkpoint-2")
+    assert newest_finished(run).folder == run / "step-900"
+
+
+def test_two_of_one_step_have_ids_of_their_own(tmp_path: Path) -> None:
+    weights = {"state_dict": {"w": torch.zeros(2)}}
+    for name in ("epoch=0-step=3.ckpt", "epoch=0-step=3-v1.ckpt", "epoch=1-step=6.ckpt"):
+        torch_file(tmp_path / "run" / name, weights)
+    assert [id for id, _ in listed(tmp_path / "run")] == [
+        "run@epoch=0-step=3-v1", "run@epoch=0-step=3", "run@step-6",
+    ]  # fmt: skip
+    write_checkpoint(tmp_path / "run" / "checkpoint-4")
+    assert [step for _, step in listed(tmp_path / "run")] == [3, 3, 4, 6]
+
+
+def test_lightnings_own_folders_are_a_run_for_each_version(tmp_path: Path) -> None:
+    for version in ("version_0", "version_1"):
+        torch_file(tmp_path / "lightning_logs" / version / "checkpoints" / "epoch=0-step=3.ckpt", {"epoch": 0})
+    assert [id for id, _ in listed(tmp_path / "lightning_logs")] == ["version_0@step-3", "version_1@step-3"]
+    (one,) = checkpoints_of(tmp_path / "lightning_logs" / "version_1")
+    assert (one.run, one.folder.name) == ("version_1", "epoch=0-step=3.ckpt")
+
+
+def test_a_link_that_leads_in_a_circle_hides_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "sql"
+    write_checkpoint(run / "checkpoint-5")
+    for folder in (tmp_path, run, run / "checkpoint-5"):
+        (folder / "loop").symlink_to("loop")
+    assert found(tmp_path) == [("sql", "step", 5)]
+    assert listed(tmp_path) == [("sql@step-5", 5)]
+    assert newest_finished(run).step == 5
+
+
+def test_a_file_of_a_checkpoint_is_none(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "sql" / "checkpoint-5")
+    (folder / "training_args.bin").write_bytes(torch_bytes({}))
+    with pytest.raises(NotFound, match=r"is a part of the checkpoint '.*checkpoint-5': name that"):
+        newest_finished(folder / "training_args.bin")

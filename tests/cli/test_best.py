@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def test_any_metric_either_way(capsys: Capture, run: Path) -> None:
     ended = lorakit(capsys, "best", run, "--metric", "eval_accuracy", "--mode", "max")
     assert ended.out == f"{run / 'checkpoint-200'}\n"
     assert lorakit(capsys, "best", run, "--metric", "eval_accuracy").code == 2
+
+
+def test_a_copy_of_it_is_not_the_best(capsys: Capture, run: Path) -> None:
+    shutil.copytree(run / "checkpoint-100", run / "model_checkpoint-100")
+    assert lorakit(capsys, "best", run).out == f"{run / 'checkpoint-100'}\n"
 
 
 def test_as_data_it_is_what_ls_says(capsys: Capture, run: Path) -> None:

@@ -125,7 +125,11 @@ def test_a_run_is_its_newest_finished_checkpoint_which_is_said(capsys: Capture, 
     write_checkpoint(tmp_path / "sql" / "checkpoint-5", base_model_name_or_path=str(base))
     (tmp_path / "sql" / "checkpoint-7").mkdir()
     ended = lorakit(capsys, "check", tmp_path / "sql", "--json")
-    assert ended.err == f"note: '{tmp_path / 'sql'}' is a run: its newest finished checkpoint is checkpoint-5\n"
+    newer, chosen = ended.err.splitlines()
+    assert newer.startswith(
+        f"note: '{tmp_path / 'sql' / 'checkpoint-7'}' is newer than checkpoint-5, but is incomplete"
+    )
+    assert chosen == f"note: '{tmp_path / 'sql'}' is a run: its newest finished checkpoint is checkpoint-5"
     assert json.loads(ended.out)["path"] == str(tmp_path / "sql" / "checkpoint-5")
 
 

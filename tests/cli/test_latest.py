@@ -76,3 +76,11 @@ def test_a_run_that_only_the_store_knows(capsys: Capture, tmp_path: Path, monkey
     assert json.loads(lorakit(capsys, "latest", "old", "--json").out)["id"] == kept[1].id
     ended = lorakit(capsys, "latest", "olt")
     assert (ended.code, ended.out, "did you mean 'old'?" in ended.err) == (3, "", True)
+
+
+def test_what_is_newer_and_passed_over_is_said_beside_the_path(capsys: Capture, run: Path) -> None:
+    for file in write_adapter(run.parent / "last").iterdir():
+        file.rename(run / file.name)
+    ended = lorakit(capsys, "latest", run)
+    assert (ended.code, ended.out) == (0, f"{run / 'checkpoint-1000'}\n")
+    assert f"'{run}' is newer than checkpoint-1000, but is incomplete: nothing says yet" in ended.err

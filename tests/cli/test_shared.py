@@ -18,6 +18,7 @@ from lorakit.errors import UsageError
         ("a=b=-2", ("a=b", -2.0)),
         ("org/name@v1=1e-3", ("org/name@v1", 0.001)),
         ("x=0", ("x", 0.0)),
+        ("https://host/sql?Signature=5ec4e7", ("https://host/sql?Signature=5ec4e7", 1.0)),
     ],
 )
 def test_a_weight_stands_behind_the_last_equals_sign(argument: str, expected: tuple[str, float]) -> None:

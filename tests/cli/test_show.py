@@ -243,7 +243,7 @@ def test_a_run_has_its_latest_its_best_and_what_is_not_finished(capsys: Capture,
     assert said["checkpoints"] == "4 (3 finished, 1 incomplete)"
     assert (said["steps"], said["latest"]) == ("100 to 400", "sql@step-300")
     assert said["best"] == "sql@step-200, eval loss 1.25"
-    assert ended.err == "sql@step-400 is incomplete: nothing says yet that its writer is done\n"
+    assert ended.err.startswith("sql@step-400 is incomplete: nothing says yet that its writer is done; `lorakit check`")
     data = json.loads(lorakit(capsys, "show", run, "--json").out)
     assert (data["kind"], data["latest"], data["best"], data["steps"]) == (
         "run", "sql@step-300", "sql@step-200", [100, 400],

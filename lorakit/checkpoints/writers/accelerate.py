@@ -13,6 +13,7 @@ from lorakit.checkpoints.writers.layout import LastWord, Layout, all_inside, fol
 from lorakit.checkpoints.writers.model_files import model_files
 
 _LAST = "random_states_0.pkl"
+_OF_DIFFUSERS = "pytorch_lora_weights.safetensors"
 _RANDOM = re.compile(r"random_states_(\d+)\.pkl")
 _STATES = re.compile(r"(optimizer|scheduler|sampler|dl_state_dict|custom_checkpoint)(_\d+)?\.(bin|pkl)|scaler\.pt")
 _WEIGHTS = re.compile(r"(model|pytorch_model)(_\d+)?\.(safetensors|bin)")
@@ -32,6 +33,9 @@ def layout(place: Place) -> Layout | None:
     fsdp = next((name for name in sharded if name.startswith("pytorch_model_fsdp")), None)
     kind = model.kind or (dcp.kind_of(place.inside(fsdp)) if fsdp else None)
     kind = kind or (deepspeed.kind_of(place.inside("pytorch_model")) if "pytorch_model" in sharded else None)
+    of_diffusers = kind is None and _OF_DIFFUSERS in files
+    if of_diffusers:
+        kind, weights = "adapter", (_OF_DIFFUSERS,)
     return Layout(
         "accelerate",
         kind,
@@ -49,7 +53,9 @@ def layout(place: Place) -> Layout | None:
         weights=weights or nested,
         late=tuple(name for name in files if name.startswith("custom_checkpoint") or random.get(name)),
         missing=tuple(name for name in model.missing if name != "config.json"),
-        refusal=model.refusal,
+        refusal=f"{_OF_DIFFUSERS} is an adapter as diffusers keeps it, not PEFT's, and is not read here"
+        if of_diffusers
+        else model.refusal,
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """A folder of torch.distributed.checkpoint: each rank's `__K_0.distcp`, and `.metadata`, renamed there last.
 
+Lightning's sharded `.ckpt` is one, with a `meta.pt` that is written after that.
+
 Its `.metadata` is a plain pickle, which is read without being run; it names the files, and how far each is used.
 """
 
@@ -15,6 +17,7 @@ from lorakit.checkpoints.writers.layout import Kind, LastWord, Layout, parts, pl
 from lorakit.errors import InvalidFile, Refused
 
 LAST = ".metadata"
+_LIGHTNINGS = "meta.pt"
 _DATA = ".distcp"
 
 
@@ -47,7 +50,7 @@ def layout(place: Place) -> Layout | None:
             rng=any("rng" in root for root in roots),
             trainer_state=roots & {"train_state", "trainer_state", "step", "epoch", "trainer"},
         ),
-        covered=data,
+        covered=(*data, *([LAST, _LIGHTNINGS] if _LIGHTNINGS in files else [])),
         weights=data,
         missing=missing,
     )
@@ -64,7 +67,12 @@ def last_word(place: Place, layout: Layout) -> LastWord | None:
     for name, size in said.sizes.items():
         if name in files and files[name].size < size:
             return LastWord(LAST, last.written, f"{name} is cut short: {files[name].size} of {size} bytes", partly=True)
-    return LastWord(LAST, last.written)
+    if not place.name.endswith(".ckpt"):
+        return LastWord(LAST, last.written)
+    entry = files.get(_LIGHTNINGS)
+    if entry is None:
+        return LastWord(_LIGHTNINGS, against=f"{_LIGHTNINGS}, which Lightning writes last, is not there")
+    return LastWord(_LIGHTNINGS, entry.written)
 
 
 def kind_of(place: Place) -> Kind | None:

@@ -76,6 +76,8 @@ def _missing(names: list[str], keys: Mapping[str, object]) -> list[str]:
     """The ranks' files that have to be there: of what one wrote, all did, and rank 0 says how many there are."""
     if not any(_FIRST.fullmatch(name) for name in names):
         return ["mp_rank_00_model_states.pt"]
+    if _shares_optimizer(names, keys) and not any("optim_states" in name for name in names):
+        return [f"{'bf16_' if _in_config(keys, 'bf16', 'enabled') else ''}zero_pp_rank_0_mp_rank_00_optim_states.pt"]
     ranks, there = keys.get("dp_world_size"), set(names)
     if not (isinstance(ranks, int) and 0 < ranks < 100_000):
         return []
@@ -83,6 +85,21 @@ def _missing(names: list[str], keys: Mapping[str, object]) -> list[str]:
     patterns = sorted({name.replace(f"zero_pp_rank_{rank}_", "zero_pp_rank_{}_", 1) for name, rank in own})
     expected = (pattern.format(rank) for pattern in patterns for rank in range(ranks))
     return [name for name in expected if name not in there]
+
+
+def _shares_optimizer(names: list[str], keys: Mapping[str, object]) -> bool:
+    """Whether each rank has a part of the optimizer, and with ZeRO 3 the weights in it: in files of their own."""
+    if any("model_states" in name and _RANK.search(name) for name in names):
+        return True
+    stage = _in_config(keys, "zero_optimization", "stage")
+    return isinstance(stage, int) and stage > 0
+
+
+def _in_config(keys: Mapping[str, object], section: str, field: str) -> object:
+    """Of DeepSpeed's own configuration, which rank 0 saves."""
+    config = keys.get("ds_config")
+    inner = config.get(section) if isinstance(config, Mapping) else None
+    return inner.get(field) if isinstance(inner, Mapping) else None
 
 
 def last_word(place: Place, layout: Layout) -> LastWord | None:

@@ -8,7 +8,7 @@ import re
 
 from lorakit.checkpoints.places import Place, entry_of
 from lorakit.checkpoints.whole import what_is_cut_short
-from lorakit.checkpoints.writers.layout import LastWord, Layout, parts, plain_files
+from lorakit.checkpoints.writers.layout import LastWord, Layout, parts, plain_files, written
 from lorakit.checkpoints.writers.model_files import MODELS, model_files
 
 NAME = re.compile(r"(epoch|step)_(\d{1,18})")
@@ -50,6 +50,8 @@ def last_word(place: Place, layout: Layout) -> LastWord | None:
     state = _state(place)
     entry = entry_of(place, state) if state else None
     if state is None or entry is None:
+        return None
+    if state == _BESIDE and entry.written < written(place, layout.covered):  # of an earlier epoch: the last has none
         return None
     against = what_is_cut_short(place, state)
     return LastWord(state, entry.written, against, partly=bool(against) and state != _BESIDE)

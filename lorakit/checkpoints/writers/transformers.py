@@ -26,6 +26,7 @@ from lorakit.checkpoints.writers.model_files import model_files
 from lorakit.errors import InvalidFile
 
 OWN = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
+_ACCELERATES = {"random_states_0.pkl", "scheduler.bin"}  # scripts that save its state call that checkpoint-N, too
 _RNG = re.compile(r"rng_state(?:_(\d+))?\.pth")
 _FSDP = re.compile(r"pytorch_model_fsdp_\d+")
 _FSDP_OPTIMIZER = re.compile(r"optimizer_\d+")
@@ -33,7 +34,8 @@ _FSDP_OPTIMIZER = re.compile(r"optimizer_\d+")
 
 def layout(place: Place) -> Layout | None:
     files, inner = plain_files(place), folders(place)
-    if not (STATE in files or "training_args.bin" in files or CHECKPOINT.fullmatch(place.name)):
+    is_named = CHECKPOINT.fullmatch(place.name) and not _ACCELERATES & files.keys()
+    if not (STATE in files or "training_args.bin" in files or is_named):
         return None
     model = model_files(place)
     sharded = [name for name in inner if _FSDP.fullmatch(name)]
