@@ -59,7 +59,7 @@ def test_a_checkpoint_that_is_named_is_that_one_and_nothing_is_said_of_runs(
         ("./runs/sqk", "did you mean 'runs/sql'?"),
         ("runs/begun", "none of the 1 checkpoints in"),
         ("runs", "name one of"),
-        ("https://host/sql?Signature=5ec4e7", "'https://host/sql' is an address, and this is done here: fetch it first"),
+        ("https://host/sql?Signature=5ec4e7", "'https://host/sql' is an address, and this is done here: fetch"),
     ],
 )
 def test_what_names_no_checkpoint_is_not_found_and_nothing_is_written(
