@@ -17,6 +17,7 @@ help:
 	@echo 'make lint    ruff and mypy         make format     apply ruff'
 	@echo 'make bench   measure beside the peers'
 	@echo 'make setup   only the .venv        make clean      remove it and all that was built'
+	@echo 'make setup-trainers   what the tests run besides: trainers, and a bucket'
 
 setup: $(STAMP)
 

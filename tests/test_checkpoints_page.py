@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from lorakit.checkpoints.described import describe
@@ -28,7 +32,9 @@ from lorakit.checkpoints.retention import Retention
 from lorakit.checkpoints.retention_file import KEYS, retention_of
 from lorakit.checkpoints.writers.layout import WriterName
 from lorakit.cli.main import VERBS
-from lorakit.store.kept import keep_checkpoint, kept_in
+from lorakit.errors import Refused
+from lorakit.store.kept import find_kept, keep_checkpoint, kept_in
+from tests.bucket import SERVICES, client, environment, s3_server
 from tests.cli.commands import Ended, lorakit
 from tests.folders import stored
 from tests.readme import ROOT
@@ -56,6 +62,19 @@ def rows() -> list[tuple[str, str]]:
         system = name or system
         found.append((system, code.strip("`")))
     return found
+
+
+def commands() -> set[str]:
+    """What the text shows, beside the tables: blocks of lines, and all that is more than a verb's name."""
+    text = PAGE.partition("| system | feature |")[0]
+    blocks = [block for block in text.split("\n```")[1::2] if block.startswith("\n")]
+    named = re.findall(r"`(lorakit (?!store \w+`)\w+ [^`]+)`", text)
+    return {line for block in blocks for line in block.split("\n") if line} | set(named)
+
+
+def policy_file() -> str:
+    (said,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    return str(said)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +160,21 @@ def work(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: C
 
 
 # The commands, each with what is to be there before, and what has to hold after.
+
+
+def explained(work: Work) -> None:
+    said = {line[0]: line[3:] for line in work.lines}
+    reasons = {step: said[f"checkpoint-{step}"][-1] for step in (10, 20, 30)}
+    assert all("of the last 3" in why and "younger than 7 d" in why for why in reasons.values()), reasons
+    assert sum("of the best 2 by eval_loss" in why for why in reasons.values()) == 2, reasons
+
+
+def verified(work: Work) -> None:
+    assert "all as they were kept" in work.ended.err
+    weights = kept_in(work.home)[0].folder / "adapter_model.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    assert work.run("lorakit store verify").code == 4
 
 
 def kinds(work: Work) -> None:
@@ -273,6 +307,29 @@ def captured(work: Work) -> None:
     assert all(abs(one.created - time.time()) < 600 for one in kept)
 
 
+def all_habits_captured(work: Work) -> None:
+    """A folder, one in a run, a single file, and the root; a file that is cut short is none."""
+    kept = {one.label: one for one in kept_in(work.home)}
+    assert kept.keys() == {"step-10", "step-20", "step-7", "final"}, work.ended.err
+    assert files_of(kept["step-20"].folder) == files_of(work.step(20))
+    assert files_of(kept["final"].folder).keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert "left cut.pt where it is" in work.ended.err
+
+
+def root_is_final(work: Work) -> None:
+    kept = find_kept("last@final", work.home)
+    assert kept is not None
+    weights = files_of(work.step(30))["adapter_model.safetensors"]
+    assert files_of(kept.folder)["adapter_model.safetensors"] == weights
+
+
+def each_file_captured(work: Work) -> None:
+    kept = kept_in(work.home)
+    assert {one.step: files_of(one.folder) for one in kept} == {
+        step: {f"ckpt_{step}.pt": files_of(Path())[f"ckpt_{step}.pt"]} for step in (10, 20)
+    }
+
+
 def started_from(work: Work) -> None:
     at = min(LOSSES, key=LOSSES.__getitem__)
     assert files_of(Path("found")) == files_of(work.step(at))
@@ -319,6 +376,31 @@ def scripts(work: Work) -> None:
     over = 'cp runs/sql/checkpoint-20/adapter_model.safetensors "$FLEXAI_OUTPUT_CHECKPOINT_DIR/checkpoint-10/"\n'
     state = 'cp runs/sql/checkpoint-10/trainer_state.json "$FLEXAI_OUTPUT_CHECKPOINT_DIR/checkpoint-10/"\n'
     Path("twice.sh").write_text(copy.format(10) + "sleep 2.5\n" + over + state)
+    adapter = "runs/sql/checkpoint-30/adapter_config.json runs/sql/checkpoint-30/adapter_model.safetensors"
+    Path("root.sh").write_text(f'cp {adapter} "$FLEXAI_OUTPUT_CHECKPOINT_DIR"\n')
+    for step in (10, 20):
+        torch.save({"model": {"weight": torch.full((4, 4), float(step))}, "step": step}, f"ckpt_{step}.pt")
+    Path("flat.sh").write_text('cp ckpt_10.pt ckpt_20.pt "$FLEXAI_OUTPUT_CHECKPOINT_DIR"\n')
+
+
+def every_habit(work: Work) -> None:
+    torch.save({"model": {"weight": torch.ones(4, 4)}, "step": 7}, "ckpt_7.pt")
+    Path("train.py").write_text("""
+import os, shutil
+from pathlib import Path
+
+output = Path(os.environ["LORAKIT_OUTPUT_CHECKPOINT_DIR"])
+shutil.copytree("runs/sql/checkpoint-10", output / "checkpoint-10")
+shutil.copytree("runs/sql/checkpoint-20", output / "sql" / "checkpoint-20")
+for name in ("adapter_config.json", "adapter_model.safetensors"):
+    shutil.copy(Path("runs/sql/checkpoint-30", name), output)
+shutil.copy("ckpt_7.pt", output)
+(output / "cut.pt").write_bytes(Path("ckpt_7.pt").read_bytes()[:-100])
+""")
+
+
+def policies(work: Work) -> None:
+    Path("keep.yaml").write_text(policy_file())
 
 
 def from_store(work: Work) -> None:
@@ -335,6 +417,9 @@ def nothing(work: Work) -> None:
 
 
 COMMANDS: dict[str, tuple[Check, Check]] = {
+    "lorakit store verify": (lambda work: work.keep(), verified),
+    "lorakit prune runs/sql --config keep.yaml --dry-run": (policies, explained),
+    "lorakit capture -- python train.py": (every_habit, all_habits_captured),
     "lorakit ls runs": (nothing, kinds),
     "lorakit ls runs/sql --sort eval_loss": (nothing, sorted_by_loss),
     "lorakit best runs/sql": (nothing, best),
@@ -358,6 +443,8 @@ COMMANDS: dict[str, tuple[Check, Check]] = {
     "lorakit diff runs/full/checkpoint-10 runs/full/checkpoint-20 --op equal": (nothing, models_differ),
     "lorakit merge runs/sql/checkpoint-20 --out folded": (nothing, merged("folded", 20)),
     "lorakit capture -- sh train.sh": (scripts, captured),
+    "lorakit capture --run last -- sh root.sh": (scripts, root_is_final),
+    "lorakit capture --run flat -- sh flat.sh": (scripts, each_file_captured),
     "lorakit capture -C sql@best -- sh resume.sh": (from_store, started_from),
     "lorakit ls sql": (from_store, listed_from_store),
     "lorakit check sql@latest": (from_store, ready),
@@ -397,7 +484,37 @@ def fetches_what_a_signed_url_gives(work: Work, code: str) -> None:
     assert f"{LOSSES[20]:.4g}"[:4] in work.ended.out + work.ended.err
 
 
-def trained(work: Work, code: str, run: str = "runs/again", *, steps: int = 10, **settings: Any) -> Any:
+@contextmanager
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with s3_server() as address:
+        monkeypatch.setattr(sys, "path", [*sys.path, str(SERVICES)])
+        for name, value in environment(address).items():
+            monkeypatch.setenv(name, value)
+        with client(address) as s3:
+            yield s3
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def exports_to_a_bucket(source: Callable[[], Path]) -> Callable[[Work, str], None]:
+    def check(work: Work, code: str) -> None:
+        work.keep()
+        with pytest.MonkeyPatch.context() as monkeypatch, bucket(monkeypatch) as s3:
+            assert work.run(code).code == 0, work.ended.err
+            prefix = code.split("s3://models/")[1]
+            keys = {each["Key"] for each in s3.list_objects_v2(Bucket="models")["Contents"]}
+            assert keys == {f"{prefix}/{name}" for name in (*files_of(source()), "lorakit.sha256")}
+            assert work.run(f"lorakit fetch s3://models/{prefix} --out back").code == 0, work.ended.err
+        assert files_of(Path("back")).items() >= files_of(source()).items()
+
+    return check
+
+
+def trained(
+    code: str, run: str = "runs/again", *, steps: int = 10, model: Any = None, resumed: str | None = None,
+    **settings: Any,
+) -> Any:  # fmt: skip
     """A training with the callback that the page writes, and the callback."""
     from lorakit import training
     from lorakit.checkpoints.retention import KeepBest, KeepLast
@@ -406,16 +523,16 @@ def trained(work: Work, code: str, run: str = "runs/again", *, steps: int = 10, 
     names = {name: getattr(training, name) for name in training.__all__} | {"KeepLast": KeepLast, "KeepBest": KeepBest}
     callback = eval(code, names)
     callbacks = [callback, *settings.pop("callbacks", [])]
-    trainer = tiny_trainer(Path(run), steps=steps, callbacks=callbacks, model=lora_model(), **settings)
-    trainer.train()
+    trainer = tiny_trainer(Path(run), steps=steps, callbacks=callbacks, model=model or lora_model(), **settings)
+    trainer.train(resume_from_checkpoint=resumed)
     return callback
 
 
-def lora_model() -> Any:
+def lora_model(*modules: str) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[*modules] or ["q_proj", "v_proj"])
     return get_peft_model(LlamaForCausalLM.from_pretrained("models/llama"), config)
 
 
@@ -427,18 +544,43 @@ def resumes(work: Work, code: str) -> None:
     assert eval(code, {"resume": resume}) == os.path.abspath("runs/sql/checkpoint-20")
 
 
-def loads(step: int) -> Callable[[Work, str], None]:
-    def check(work: Work, code: str) -> None:
-        callback = trained(work, code, steps=1, learning_rate=0.0, save_steps=1)
-        made, source = stored(Path("runs/again/checkpoint-1")), stored(work.step(step))
-        assert all(np.array_equal(made[name], value) for name, value in source.items())
-        assert [str(one) for one in callback.loaded]
+def loads_the_model_alone(work: Work, code: str) -> None:
+    with logged() as said:
+        trained(code, steps=1, learning_rate=0.0, save_steps=1)
+    made, source = stored(Path("runs/again/checkpoint-1")), stored(work.step(10))
+    assert all(np.array_equal(made[name], value) for name, value in source.items())
+    assert any("skipped optimizer, scheduler, rng, trainer_state" in line for line in said), said
 
-    return check
+
+def loads_what_fits(work: Work, code: str) -> None:
+    """Into a model with a module less than the checkpoint has, and one more."""
+    settings: dict[str, Any] = {"steps": 1, "learning_rate": 0.0, "save_steps": 1}
+    with pytest.raises(Refused):
+        trained(code.replace("strict=False", "strict=True"), model=lora_model("q_proj", "k_proj"), **settings)
+    with logged() as said:
+        trained(code, model=lora_model("q_proj", "k_proj"), **settings)
+    made, source = stored(Path("runs/again/checkpoint-1")), stored(work.step(30))
+    there = source.keys() & made.keys()
+    assert len(there) == len(source) / 2
+    assert all("q_proj" in name and np.array_equal(made[name], source[name]) for name in there)
+    assert any("no place for" in line and "v_proj" in line and "k_proj" in line for line in said), said
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What the callbacks say."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lorakit").addHandler(listener)
+    try:
+        yield said
+    finally:
+        logging.getLogger("lorakit").removeHandler(listener)
 
 
 def keeps_copies(work: Work, code: str) -> None:
-    trained(work, code)
+    trained(code)
     shutil.rmtree("runs/again/checkpoint-10")
     assert sorted(path.name for path in Path("runs/again").glob("model_*")) == [
         "model_checkpoint-10", "model_checkpoint-4", "model_checkpoint-8",
@@ -449,21 +591,26 @@ def keeps_copies(work: Work, code: str) -> None:
 
 
 def keeps_two(work: Work, code: str) -> None:
-    trained(work, code, "runs/sql", steps=8)
+    trained(code, "runs/sql", steps=8)
     assert sorted(path.name for path in Path("runs/sql").glob("checkpoint-*")) == [
         "checkpoint-10", "checkpoint-20", "checkpoint-30", "checkpoint-6", "checkpoint-8",
     ]  # fmt: skip
 
 
 def ends_with_a_full_save(work: Work, code: str) -> None:
+    from lorakit.training import resume
     from tests.training.trainer import At
 
+    steps: list[None] = []
     interrupt = At(5, lambda: signal.raise_signal(signal.SIGINT), "on_step_end")
     with pytest.raises(SystemExit) as ended:
-        trained(work, code, save_strategy="no", callbacks=[interrupt])
+        trained(code, save_strategy="no", callbacks=[interrupt])
     assert ended.value.code == 130
     (saved,) = Path("runs/again").glob("checkpoint-*")
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= files_of(saved).keys()
+    assert resume("runs/again") == os.path.abspath(saved)
+    trained(code, save_strategy="no", callbacks=[At(None, lambda: steps.append(None))], resumed=resume("runs/again"))
+    assert len(steps) == 10 - int(saved.name.removeprefix("checkpoint-"))
 
 
 def live(code: str, ask: Callable[[], None]) -> None:
@@ -482,7 +629,7 @@ def live(code: str, ask: Callable[[], None]) -> None:
             control.should_training_stop = control.should_training_stop or done.is_set()
 
     def train() -> None:
-        trained(None, code, "runs/live", steps=5000, save_strategy="no", callbacks=[Until(None, step, "on_step_end")])  # type: ignore[arg-type]
+        trained(code, "runs/live", steps=5000, save_strategy="no", callbacks=[Until(None, step, "on_step_end")])
 
     training = threading.Thread(target=train)
     training.start()
@@ -529,13 +676,18 @@ def looks_as_often_as_it_says(work: Work, code: str) -> None:
 OTHERS: dict[str, Callable[[Work, str], None]] = {
     "lorakit fetch 'http://127.0.0.1/sql.tar.gz?X-Amz-Signature=…' --out sql": fetches_what_a_signed_url_gives,
     'resume("runs/sql")': resumes,
-    'LoadStates("model", checkpoint="runs/sql", strict=False)': loads(30),
-    'LoadStates("model", checkpoint="runs/sql/checkpoint-10")': loads(10),
+    "lorakit export runs/sql s3://models/sql": exports_to_a_bucket(lambda: Path("runs/sql/checkpoint-30")),
+    "lorakit export sql@best s3://models/best": exports_to_a_bucket(
+        lambda: Path(f"runs/sql/checkpoint-{min(LOSSES, key=LOSSES.__getitem__)}")
+    ),
+    'LoadStates("model", checkpoint="runs/sql", strict=False)': loads_what_fits,
+    'LoadStates("model", checkpoint="runs/sql/checkpoint-10")': loads_the_model_alone,
     'SaveState("model", every=2)': keeps_copies,
     "KeepCheckpoints(KeepLast(2))": keeps_two,
     "Interruptible()": ends_with_a_full_save,
     'lorakit save runs/live --name before-lr-drop --reason "loss is falling" --wait 100': saves_when_asked,
     "touch runs/live/axolotl_checkpoint.save": saves_for_the_trigger,
+    "SaveOnRequest()": looks_as_often_as_it_says,
     "SaveOnRequest(every_steps=5, every_seconds=0.5)": looks_as_often_as_it_says,
 }
 
@@ -549,7 +701,7 @@ def test_what_is_more_than_a_command_does_what_the_page_says(work: Work, code: s
 
 
 def test_every_row_of_the_table_is_run() -> None:
-    assert {code for _, code in rows()} == COMMANDS.keys() | OTHERS.keys()
+    assert {code for _, code in rows()} | commands() == COMMANDS.keys() | OTHERS.keys()
     systems = ["Hosted fine-tuning (FLEX)", "Training guide", "Cerebras", "FlexAI", "axolotl"]
     assert list(dict.fromkeys(system for system, _ in rows())) == systems
 
@@ -563,7 +715,7 @@ def test_every_writer_and_every_field_is_told() -> None:
 
 
 def test_the_file_of_policies_is_one() -> None:
-    (said,) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
+    said = yaml.safe_load(policy_file())
     assert isinstance(retention_of(said), Retention)
     assert set(said) == set(KEYS)
 

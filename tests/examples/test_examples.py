@@ -53,6 +53,13 @@ def test_merging_and_mixing_as_the_examples_do(work: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "merged" / "lorakit.json").read_text())["operation"] == "merge"
 
 
+def test_training_with_callbacks_goes_on_where_it_was(work: Path, tmp_path: Path) -> None:
+    for steps, saved in ((10, {"checkpoint-10"}), (20, {"checkpoint-10", "checkpoint-20"})):
+        example("train_with_callbacks.py", "--base", work / "base", "--run", tmp_path / "sql", "--steps", steps)
+        assert {found.name for found in (tmp_path / "sql").glob("checkpoint-*")} == saved
+        assert (tmp_path / "sql" / f"model_checkpoint-{steps}").is_dir()  # the last step's is always kept
+
+
 def test_a_search_finds_a_mix_that_is_better_than_each_alone(work: Path, tmp_path: Path) -> None:
     pair = [max(work.glob(f"runs/{name}/checkpoint-*")) for name in ("sql", "shout")]
     shown = example("search.py", *pair, "--base", work / "base", "--evaluations", 8, "--out", tmp_path / "best")
