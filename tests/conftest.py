@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No test may reach the network; set before any library looks.
@@ -21,4 +24,14 @@ settings.register_profile("same", derandomize=True, **CALM)
 settings.register_profile("search", max_examples=1000, **CALM)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 pytest_plugins = ["tests.world", "tests.trainers.written"]
+
+
+@pytest.fixture
+def plain_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickle looks for some names in every module that is loaded, and those of transformers load more when asked."""
+    for module in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, module)

@@ -132,6 +132,7 @@ def test_any_view_is_the_tensor_that_torch_loads(
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.usefixtures("plain_modules")
 def test_what_is_no_view_of_numbers_is_a_stub(tmp_path: Path) -> None:
     value = {
         "sparse": torch.eye(3).to_sparse(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -103,12 +102,8 @@ def test_strangers_are_said_to_be_some(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.complex32, torch.qint8, torch.bits8])
 @pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:torch.quantize_per_tensor")
-def test_a_tensor_of_any_dtype_is_looked_at(
-    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # pickle looks for the name `qint8` in every module that is loaded, and those of transformers load more when asked
-    for module in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
-        monkeypatch.delitem(sys.modules, module)
+@pytest.mark.usefixtures("plain_modules")
+def test_a_tensor_of_any_dtype_is_looked_at(tmp_path: Path, dtype: torch.dtype) -> None:
     for number in (1, 2):
         if dtype == torch.qint8:
             tensor = torch.quantize_per_tensor(torch.full((4,), float(number)), 0.1, 0, dtype)
