@@ -6,6 +6,8 @@ STAMP := $(VENV)/.lorakit-installed
 TRAINERS := $(VENV)/.trainers-installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps
+# Two processes share the suite, a file to each at a time.
+TWO := -n 2 --dist loadfile
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 
@@ -47,10 +49,10 @@ demo: setup
 	@$(OFFLINE) $(PY) examples/demo.py
 
 test: setup setup-trainers
-	@$(OFFLINE) $(PY) -m pytest -m 'not slow'
+	@$(OFFLINE) $(PY) -m pytest $(TWO) -m 'not slow'
 
 test-all: setup setup-trainers
-	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest
+	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest $(TWO)
 
 lint: setup
 	@$(VENV)/bin/ruff check .

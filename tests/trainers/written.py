@@ -1,4 +1,4 @@
-"""What the programs wrote and said: each runs once a session, two beside one another."""
+"""What the programs wrote and said: each runs once, two beside one another, for all of the suite's processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.trainers.by_hand import kept, said
 from tests.trainers.expected import BY_HAND, Run
@@ -77,14 +78,15 @@ class Trainers:
             pytest.skip(reason)
         for other in (name, *PROGRAMS):
             if other not in self.running and not why_not((PROGRAMS | SLOW)[other]):
-                self.running[other] = self.pool.submit(run, (PROGRAMS | SLOW)[other], self.base, self.folder / other)
+                self.running[other] = self.pool.submit(once, (PROGRAMS | SLOW)[other], self.base, self.folder / other)
         return self.running[name].result()
 
     def left(self, name: str) -> Written:
         """By a trainer that ran elsewhere."""
         folder = self.folder / "by-hand"
-        if not (folder / name).exists():
-            kept(name, folder / name)
+        with FileLock(f"{self.folder / name}.lock"):
+            if not (folder / name).exists():
+                kept(name, folder / name)
         return Written(folder, said(name))
 
 
@@ -119,6 +121,15 @@ def environment(program: Program) -> dict[str, str]:
     }
 
 
+def once(program: Program, base: Path, out: Path) -> Written:
+    """What it wrote, be it in another of the suite's processes."""
+    said = out.with_suffix(".jsonl")
+    with FileLock(f"{out}.lock"):
+        if not said.exists():
+            said.write_text("".join(json.dumps(line) + "\n" for line in run(program, base, out).said))
+    return Written(out, [json.loads(line) for line in said.read_text().splitlines()])
+
+
 def run(program: Program, base: Path, out: Path, before: Sequence[str] = ()) -> Written:
     """`before` is a command that runs the program: strace, for one."""
     ended = subprocess.run(
@@ -134,7 +145,15 @@ def run(program: Program, base: Path, out: Path, before: Sequence[str] = ()) -> 
 def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
     from tests.server.real import make_tiny_model
 
-    folder = tmp_path_factory.mktemp("trainers")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which this process shares with the others
+    folder /= "trainers"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "base.lock"):
+        base = folder / "base"
+        if not base.exists():
+            make_tiny_model(base)
     pool = ThreadPoolExecutor(2)
-    yield Trainers(make_tiny_model(folder / "base"), folder, pool)
+    yield Trainers(base, folder, pool)
     pool.shutdown(cancel_futures=True)
