@@ -13,7 +13,7 @@ from lorakit.adapters.kinds.module import Module, Source
 from lorakit.errors import InvalidFile, UnsupportedAdapter
 from lorakit.files.safetensors import StoredTensor
 
-__all__ = ["EXACT", "NEEDS_SHAPES", "ExactFactors", "exact_factors"]
+__all__ = ["EXACT", "NEEDS_SHAPES", "NOT_APPROXIMATED", "ExactFactors", "exact_factors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ _PEFT = "run it with the PEFT that wrote it"
 _ELSEWHERE = ("it changes biases, norms or rows of an embedding", _MERGE)
 _INPUT = ("it adds to the model's input, and changes no weight", _PEFT)
 _ROUTED = ("what it adds to a weight depends on the input", _PEFT)
-_NOT_APPROXIMATED: Mapping[str, tuple[str, str]] = {  # nothing that extract could find: the reason, and what to do
+NOT_APPROXIMATED: Mapping[str, tuple[str, str]] = {  # nothing that extract could find: the reason, and what to do
     "ADAMSS": ("its segments come from a clustering of the base's weights, which its file does not hold", _PEFT),
     "BONE": ("PEFT has put MiSS in its place and no longer reads it", _PEFT),
     "BEFT": _ELSEWHERE, "LN_TUNING": _ELSEWHERE, "TRAINABLE_TOKENS": _ELSEWHERE,
@@ -123,8 +123,8 @@ def _factors(method: _Method, module: Module) -> ExactFactors:
 def _refusal(config: AdapterConfig, folder: Path) -> UnsupportedAdapter:
     """The reason, and the command that helps."""
     kind = config.peft_type
-    if kind in _NOT_APPROXIMATED:
-        reason, cure = _NOT_APPROXIMATED[kind]
+    if kind in NOT_APPROXIMATED:
+        reason, cure = NOT_APPROXIMATED[kind]
         return UnsupportedAdapter(f"adapter '{folder}' ({kind}) can't be made into LoRA factors: {reason}; {cure}")
     source = Source(config, folder, frozenset(), {}, {})
     return source.refusal(_REASONS.get(kind, "lorakit doesn't know this method's formula"))

@@ -78,6 +78,10 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
                 raise InvalidFile(f"'{file}': {name}[{key!r}] is {value!r}")
     if any(not isinstance(value, int) or value < 1 for value in rank_pattern.values()):
         raise InvalidFile(f"'{file}': a rank in rank_pattern is no whole number above 0")
+    for name in ("modules_to_save", "target_parameters"):
+        names = take(name, list, [])
+        if not all(isinstance(item, str) for item in names):
+            raise InvalidFile(f"'{file}': {name} is {names!r}")
     alpha = take("lora_alpha", (int, float), 8 if peft_type == "LORA" else 0)
     if not _is_finite_number(alpha):
         raise InvalidFile(f"'{file}': lora_alpha is {alpha!r}")

@@ -10,21 +10,22 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.checkpoints.finished import CHECKPOINT, is_adapter
 from lorakit.errors import Conflict, Incomplete, InvalidFile, NotFound, Refused
-from lorakit.files.distributed import METADATA, ShardedTensor, load_sharded, read_distributed
+from lorakit.files.distributed import METADATA, ShardedTensor, read_distributed
 from lorakit.files.folders import FileState, file_state, read_json
 from lorakit.files.pickle_values import Stub
+from lorakit.files.pieces import read_pieces
 from lorakit.files.regular import denied
 from lorakit.files.safetensors import StoredTensor, read_header
-from lorakit.files.tensors import TORCH_NAMES, read_into, torch_dtype
+from lorakit.files.tensors import TORCH_NAMES, load_range, torch_dtype
 from lorakit.files.torch_file import is_torch_file, read_torch_file
-from lorakit.files.torch_tensors import StoredTorchTensor, TorchStorage, as_stored, load_torch_tensor
+from lorakit.files.torch_tensors import StoredTorchTensor, TorchStorage, load_torch_range
 
 if TYPE_CHECKING:
     import torch
@@ -137,40 +138,22 @@ def open_tensors(path: Path) -> Tensors:
 
 def blocks(name: str, stored: Stored, count: int) -> Iterator[torch.Tensor]:
     """The elements in the order of their indices, `count` at a time, as they are stored; as bytes where torch has no
-    such dtype. What isn't contiguous, or in pieces, is in memory as a whole.
+    such dtype.
 
     Raises:
         NotFound, InvalidFile: the file is gone, or became shorter.
     """
-    if isinstance(stored, StoredTensor):
-        yield from _ranges(stored, count)
-        return
-    if isinstance(stored, StoredTorchTensor):
-        plain = as_stored(name, stored)
-        if plain is not None:
-            yield from _ranges(plain, count)
-            return
-        whole = load_torch_tensor(name, stored)
-    else:
-        whole = load_sharded(name, stored)
-    flat = whole.reshape(-1)
-    for start in range(0, flat.numel(), count):
-        yield flat[start : start + count]
-
-
-def _ranges(stored: StoredTensor, count: int) -> Iterator[torch.Tensor]:
-    import torch
-
-    dtype = torch_dtype(stored.dtype) if stored.dtype in TORCH_NAMES else torch.uint8
-    try:
-        stream = stored.file.open("rb")
-    except FileNotFoundError:
-        raise NotFound(f"'{stored.file}' is gone, and '{stored.name}' was still to be read from it") from None
-    with stream:
-        for start in range(stored.start, stored.end, count * dtype.itemsize):
-            buffer = bytearray(min(count * dtype.itemsize, stored.end - start))
-            read_into(stream.fileno(), memoryview(buffer), start, stored)
-            yield torch.frombuffer(buffer, dtype=dtype)
+    if isinstance(stored, StoredTensor) and stored.dtype not in TORCH_NAMES:
+        stored = replace(stored, dtype="U8", shape=(stored.nbytes,))
+    total = math.prod(stored.shape)
+    for begin in range(0, total, count):
+        end = min(begin + count, total)
+        if isinstance(stored, StoredTensor):
+            yield load_range(stored, begin, end)
+        elif isinstance(stored, StoredTorchTensor):
+            yield load_torch_range(name, stored, begin, end)
+        else:
+            yield read_pieces(name, stored.dtype, stored.shape, stored.pieces, begin, end)
 
 
 def nbytes(stored: Stored) -> int:

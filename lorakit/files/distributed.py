@@ -10,24 +10,19 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorakit.errors import InvalidFile, NotFound, Refused
 from lorakit.files.pickle_values import Stub
 from lorakit.files.pickles import read_pickle_with_stubs
+from lorakit.files.pieces import cover
 from lorakit.files.safetensors import DTYPE_BITS
-from lorakit.files.tensors import torch_dtype
 from lorakit.files.torch_file import read_torch_file
-from lorakit.files.torch_tensors import DTYPES, StoredTorchTensor, is_countable, load_torch_tensor
-
-if TYPE_CHECKING:
-    import torch
+from lorakit.files.torch_tensors import DTYPES, StoredTorchTensor, is_countable
 
 METADATA = ".metadata"
 MAX_PIECES = 1 << 14  # of one tensor
-MAX_COMPARISONS = 100_000  # of pieces with one another, where they form no grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +38,17 @@ class Piece:
     def read(self) -> Any:
         """As `read_torch_file`."""
         return read_torch_file(self.file, self.start, self.nbytes)
+
+    def stored(self, name: str, dtype: str) -> StoredTorchTensor:
+        """Where the piece of that tensor stands in the file.
+
+        Raises:
+            NotFound, InvalidFile: its file is gone, or holds another thing there.
+        """
+        found = self.read()
+        if not isinstance(found, StoredTorchTensor) or (found.dtype, found.shape) != (dtype, self.shape):
+            raise InvalidFile(f"'{self.file}': what stands at byte {self.start} is not the piece of '{name}'")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,27 +101,6 @@ def read_distributed(folder: Path) -> Distributed:
     return Distributed(folder, tensors, objects, paths if isinstance(paths, dict) else {})
 
 
-def load_sharded(name: str, tensor: ShardedTensor) -> torch.Tensor:
-    """Put a whole tensor together in memory.
-
-    Raises:
-        NotFound, InvalidFile, Refused: a piece is gone, or not what the metadata says.
-    """
-    import torch
-
-    try:
-        whole = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
-    except RuntimeError:
-        raise Refused(f"'{name}' of shape {list(tensor.shape)} needs more memory than there is") from None
-    for piece in tensor.pieces:
-        stored = piece.read()
-        if not isinstance(stored, StoredTorchTensor) or (stored.dtype, stored.shape) != (tensor.dtype, piece.shape):
-            raise InvalidFile(f"'{piece.file}': what stands at byte {piece.start} is not the piece of '{name}'")
-        ranges = zip(piece.offsets, piece.shape, strict=True)
-        whole[tuple(slice(offset, offset + size) for offset, size in ranges)] = load_torch_tensor(name, stored)
-    return whole
-
-
 def _dict(metadata: Stub, name: str, file: Path) -> Mapping[Any, Any]:
     found = metadata.fields.get(name)
     if not isinstance(found, dict):
@@ -164,7 +149,7 @@ def _tensor(file: Path, name: str, entry: Mapping[str, Any], pieces: Sequence[Pi
     )
     if any(math.prod(piece.shape) * DTYPE_BITS[dtype] // 8 > piece.nbytes for piece in placed):
         raise InvalidFile(f"'{file}' is damaged: a piece of '{name}' has more numbers than bytes")
-    if not _cover(placed, shape):
+    if not cover(placed, shape, str(file)):
         raise InvalidFile(f"'{file}' is damaged: the pieces of '{name}' are not the whole of it, each part once")
     return ShardedTensor(dtype, shape, placed)
 
@@ -172,52 +157,6 @@ def _tensor(file: Path, name: str, entry: Mapping[str, Any], pieces: Sequence[Pi
 def _dtype_of(properties: Stub) -> Any:
     state = properties.state
     return state[0] if isinstance(state, tuple) and state else properties.fields.get("dtype")
-
-
-def _cover(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bool:
-    """Whether they are the whole, each part once: all inside, as many elements as it has, and no two overlap.
-
-    Raises:
-        Refused: that would take too long to find out.
-    """
-    inside = all(
-        len(piece.offsets) == len(piece.shape) == len(shape)
-        and all(offset + size <= whole for offset, size, whole in zip(piece.offsets, piece.shape, shape, strict=True))
-        for piece in pieces
-    )
-    if not inside or sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
-        return False
-    placed = sorted((piece for piece in pieces if math.prod(piece.shape)), key=lambda piece: piece.offsets)
-    if not shape or _is_grid(placed):
-        return True
-    compared = 0
-    for place, piece in enumerate(placed):
-        for other in islice(placed, place + 1, None):
-            if other.offsets[0] >= piece.offsets[0] + piece.shape[0]:
-                break
-            compared += 1
-            if compared > MAX_COMPARISONS:
-                raise Refused(f"'{piece.file.parent}': {len(placed):,} pieces of one tensor form no grid: not read")
-            if _overlap(piece, other):
-                return False
-    return True
-
-
-def _is_grid(placed: Sequence[Piece]) -> bool:
-    """Whether along each axis the pieces share the same cuts; then two overlap only where they begin alike."""
-    for axis in range(len(placed[0].shape) if placed else 0):
-        ranges = sorted({(piece.offsets[axis], piece.offsets[axis] + piece.shape[axis]) for piece in placed})
-        if any(start < end for (_, end), (start, _) in pairwise(ranges)):
-            return False
-    return len({piece.offsets for piece in placed}) == len(placed)
-
-
-def _overlap(one: Piece, other: Piece) -> bool:
-    return all(
-        max(one.offsets[axis], other.offsets[axis])
-        < min(one.offsets[axis] + one.shape[axis], other.offsets[axis] + other.shape[axis])
-        for axis in range(len(one.shape))
-    )
 
 
 def _are_counts(numbers: Any) -> bool:

@@ -37,9 +37,18 @@ def load_tensor(stored: StoredTensor) -> torch.Tensor:
     import torch
 
     tensor = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
-    with _opened(stored) as stream:
-        read_into(stream.fileno(), tensor_bytes(tensor), stored.start, stored)
+    fill_from(stored, tensor)
     return tensor
+
+
+def fill_from(stored: StoredTensor, into: torch.Tensor) -> None:
+    """Read one whole tensor into a contiguous one of its size and dtype.
+
+    Raises:
+        NotFound, InvalidFile: the file is gone, or became shorter.
+    """
+    with _opened(stored) as stream:
+        read_into(stream.fileno(), tensor_bytes(into), stored.start, stored)
 
 
 def load_range(stored: StoredTensor, begin: int, end: int) -> torch.Tensor:

@@ -140,6 +140,8 @@ def _storage_named(identity: Any) -> tuple[str | None, str, int]:
     if not (isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage"):
         raise Damaged("a persistent id is none of torch.save's")
     _, kind, key, _, count, *view = identity
+    if isinstance(key, int) and not isinstance(key, bool):  # as litgpt's and Lightning's incremental writers have it
+        key = str(key)
     if not (isinstance(kind, Stub) and isinstance(key, str) and isinstance(count, int) and count >= 0):
         raise Damaged("a persistent id is none of torch.save's")
     if view not in ([], [None]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.errors import InvalidFile
 from lorakit.files.safetensors import DTYPE_BITS, StoredTensor
-from lorakit.files.tensors import TORCH_NAMES, load_range, load_tensor, torch_dtype
+from lorakit.files.tensors import TORCH_NAMES, fill_from, load_range, load_tensor, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +112,13 @@ def as_stored(name: str, tensor: StoredTorchTensor) -> StoredTensor | None:
     return StoredTensor(name, tensor.file, tensor.dtype, tensor.shape, start, start + tensor.nbytes)
 
 
+def as_torch(stored: StoredTensor) -> StoredTorchTensor:
+    """A byte range as a view of a storage of its own."""
+    strides = [math.prod(stored.shape[axis + 1 :]) for axis in range(len(stored.shape))]
+    storage = TorchStorage(stored.file, stored.name, stored.dtype, stored.start, stored.end)
+    return StoredTorchTensor(stored.dtype, stored.shape, tuple(strides), storage, 0)
+
+
 def load_torch_tensor(name: str, tensor: StoredTorchTensor) -> torch.Tensor:
     """Read the bytes between its first and its last element, and no others. What isn't contiguous comes as a view.
 
@@ -147,12 +154,21 @@ def load_torch_range(name: str, tensor: StoredTorchTensor, begin: int, end: int)
     if last - first == 1 and len(tensor.shape) > 1:
         return load_torch_range(name, _index(tensor, first), begin - first * row, end - first * row)
     rows = torch.empty((last - first, *tensor.shape[1:]), dtype=torch_dtype(tensor.dtype))
-    _read_view(name, rows_of(tensor, first, last), rows)
+    load_into(name, rows_of(tensor, first, last), rows)
     return rows.reshape(-1)[begin - first * row : end - first * row]
 
 
-def _read_view(name: str, tensor: StoredTorchTensor, into: torch.Tensor) -> None:
-    """Along the axis of the widest stride, as many indices at once as stand within `SPAN` elements."""
+def load_into(name: str, tensor: StoredTorchTensor, into: torch.Tensor) -> None:
+    """Fill a tensor of its shape and dtype. Where one of the two isn't contiguous, along the axis of the widest stride
+    as many indices at once as stand within `SPAN` elements.
+
+    Raises:
+        NotFound, InvalidFile: as `load_torch_tensor`.
+    """
+    stored = as_stored(name, tensor)
+    if stored is not None and into.is_contiguous():
+        fill_from(stored, into)
+        return
     reach = _reach(tensor.shape, tensor.stride)
     if reach <= SPAN:
         into.copy_(load_torch_tensor(name, tensor))
@@ -163,7 +179,13 @@ def _read_view(name: str, tensor: StoredTorchTensor, into: torch.Tensor) -> None
         count = min(step, tensor.shape[axis] - start)
         shape = (*tensor.shape[:axis], count, *tensor.shape[axis + 1 :])
         part = replace(tensor, shape=shape, offset=tensor.offset + start * tensor.stride[axis])
-        _read_view(name, part, into.narrow(axis, start, count))
+        load_into(name, part, into.narrow(axis, start, count))
+
+
+def part_of(tensor: StoredTorchTensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> StoredTorchTensor:
+    """The box that begins at `offsets`, by arithmetic alone; it lies inside."""
+    start = sum(offset * stride for offset, stride in zip(offsets, tensor.stride, strict=True))
+    return replace(tensor, shape=shape, offset=tensor.offset + start)
 
 
 def _index(tensor: StoredTorchTensor, place: int) -> StoredTorchTensor:

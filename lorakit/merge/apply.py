@@ -156,11 +156,7 @@ class Stepper:
         return known
 
     def _matrix(self, matrix: Matrix) -> torch.Tensor:
-        tensor = self._load(matrix.stored).reshape(matrix.view)
-        index = tuple(slice(None) if pick is None else slice(*pick) if isinstance(pick, tuple) else pick
-                      for pick in matrix.picked)  # fmt: skip
-        tensor = tensor[index] if index else tensor
-        return tensor.repeat_interleave(matrix.repeat, dim=1) if matrix.repeat > 1 else tensor
+        return picked_from(self._load(matrix.stored), matrix)
 
     def _load(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor of an adapter, wide, on the device; the experts of one layer share it."""
@@ -239,6 +235,15 @@ class Stepper:
         assert changed is not None
         changed = changed.reshape(total.shape).to(self._device)
         return total.copy_(changed if step.weight == 1 else total + (changed - base) * step.weight)
+
+
+def picked_from(tensor: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """The elements of a stored tensor that `matrix` means, with two axes."""
+    index = tuple(slice(None) if pick is None else slice(*pick) if isinstance(pick, tuple) else pick
+                  for pick in matrix.picked)  # fmt: skip
+    tensor = tensor.reshape(matrix.view)
+    tensor = tensor[index] if index else tensor
+    return tensor.repeat_interleave(matrix.repeat, dim=1) if matrix.repeat > 1 else tensor
 
 
 def _by_column(step: Step) -> bool:

@@ -128,17 +128,18 @@ def write_config(base: Path, folder: Path, dtype: str, changed: Mapping[str, Any
     if dtype != "keep":
         name = TORCH_NAMES[dtype]
         section = config.pop("quantization_config", None)
-        config = _with_dtype(config, name) | ({} if section is None else {"quantization_config": section})
+        config = with_dtype(config, name) | ({} if section is None else {"quantization_config": section})
         if not config.keys() & {"dtype", "torch_dtype"}:
             config["torch_dtype"] = name
     write_json(folder / CONFIG, config)
 
 
-def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+def with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The config with another dtype wherever it names one."""
     changed: dict[str, Any] = {}
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             changed[key] = name
         else:
-            changed[key] = _with_dtype(value, name) if isinstance(value, dict) else value
+            changed[key] = with_dtype(value, name) if isinstance(value, dict) else value
     return changed

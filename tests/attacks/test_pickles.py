@@ -171,7 +171,8 @@ def test_a_persistent_id_that_is_a_path_is_a_storage_that_is_missing(tmp_path: P
     "identity",
     [
         "/etc/passwd", ("storage",), ("module", "x", "/etc/passwd", "source"), ("storage", "Float", "0", "cpu", 1),
-        ("storage", Reduced(os.getcwd, ()), "0", "cpu", -1), ("storage", Reduced(os.getcwd, ()), 0, "cpu", 1), 7, None,
+        ("storage", Reduced(os.getcwd, ()), "0", "cpu", -1), ("storage", Reduced(os.getcwd, ()), 0.0, "cpu", 1), 7,
+        None,
     ],
 )  # fmt: skip
 def test_a_persistent_id_of_another_kind_is_refused(tmp_path: Path, identity: Any) -> None:

@@ -216,6 +216,15 @@ def test_torchtunes_last_epoch_waits_for_no_state_of_another(tmp_path: Path) -> 
     assert (look_at(folder).state, look_at(folder).reason) == ("whole", "nothing says yet that its writer is done")
 
 
+def test_a_model_in_torchtunes_own_names_has_no_index(tmp_path: Path) -> None:
+    folder = files(tmp_path / "epoch_0", model_00001_of_00002__bin=STATE)
+    (folder / "model_00001_of_00002.bin").rename(folder / "model-00001-of-00002.bin")
+    assert look_at(folder).reason == "model-00002-of-00002.bin is not there yet"
+    (folder / "model-00002-of-00002.bin").write_bytes(STATE)
+    look = look_at(folder)
+    assert (look.writer, look.kind, look.state) == ("torchtune", "regular", "whole")
+
+
 @pytest.mark.parametrize("name", ["config.json", "README.md", "adapter_config.json", "trainer_state.json"])
 def test_a_pipe_is_waited_for_by_nobody(tmp_path: Path, name: str) -> None:
     model = write_model_checkpoint(tmp_path / "checkpoint-5")

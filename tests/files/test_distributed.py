@@ -14,8 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from lorakit.errors import InvalidFile, NotFound, Refused
-from lorakit.files import distributed
-from lorakit.files.distributed import load_sharded, read_distributed
+from lorakit.files import distributed, pieces
+from lorakit.files.distributed import ShardedTensor, read_distributed
+from lorakit.files.pieces import read_pieces
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 WEIGHT = torch.arange(24, dtype=torch.bfloat16).reshape(6, 4)
@@ -25,6 +26,11 @@ WEIGHT = torch.arange(24, dtype=torch.bfloat16).reshape(6, 4)
 def folder(tmp_path: Path) -> Path:
     dcp.save({"model": {"w": WEIGHT, "scale": torch.tensor(2.5)}, "step": 7}, checkpoint_id=tmp_path / "dcp")
     return tmp_path / "dcp"
+
+
+def whole(name: str, tensor: ShardedTensor) -> torch.Tensor:
+    count = torch.Size(tensor.shape).numel()
+    return read_pieces(name, tensor.dtype, tensor.shape, tensor.pieces, 0, count).reshape(tensor.shape)
 
 
 def changed(folder: Path, change: Callable[[Any], None]) -> Path:
@@ -57,8 +63,8 @@ def test_tensors_and_objects_are_found_by_their_names(folder: Path) -> None:
         "model.w": ("BF16", (6, 4)),
         "model.scale": ("F32", ()),
     }
-    assert torch.equal(load_sharded("model.w", found.tensors["model.w"]), WEIGHT)
-    assert load_sharded("model.scale", found.tensors["model.scale"]).item() == 2.5
+    assert torch.equal(whole("model.w", found.tensors["model.w"]), WEIGHT)
+    assert whole("model.scale", found.tensors["model.scale"]).item() == 2.5
     assert found.objects["step"].read() == 7
     assert found.paths["model.w"] == ("model", "w")
 
@@ -106,7 +112,7 @@ def test_pieces_that_overlap_are_refused_though_their_sizes_add_up(folder: Path)
 def test_a_piece_of_another_shape_than_said_is_not_put_in(folder: Path) -> None:
     found = read_distributed(changed(folder, halved))
     with pytest.raises(InvalidFile, match=r"is not the piece of 'model\.w'"):
-        load_sharded("model.w", found.tensors["model.w"])
+        whole("model.w", found.tensors["model.w"])
 
 
 @pytest.mark.parametrize(("start", "length"), [(1 << 40, 10), (0, 1 << 40), (-5, 10), (3, 100)])
@@ -116,7 +122,7 @@ def test_a_piece_elsewhere_in_the_file_is_an_error(folder: Path, start: int, len
             metadata.storage_data[index] = replace(place, offset=start, length=length)
 
     with pytest.raises(InvalidFile, match=r"cut short|can't be read|no file that torch"):
-        load_sharded("model.w", read_distributed(changed(folder, moved)).tensors["model.w"])
+        whole("model.w", read_distributed(changed(folder, moved)).tensors["model.w"])
 
 
 def test_packed_pieces_are_refused(folder: Path) -> None:
@@ -145,7 +151,7 @@ def test_metadata_of_something_else_is_an_invalid_file(folder: Path, content: by
 def test_a_thousand_pieces_side_by_side_are_the_whole(
     folder: Path, columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "MAX_COMPARISONS", 0)
+    monkeypatch.setattr(pieces, "MAX_COMPARISONS", 0)
     places = [((0, i), (1, 1)) if columns else ((i, 0), (1, 1)) for i in range(1000)]
     shape = (1, 1000) if columns else (1000, 1)
     found = read_distributed(changed(folder, lambda metadata: cut(metadata, places, shape)))
@@ -156,7 +162,7 @@ def test_pieces_that_form_no_grid_are_compared_with_one_another(folder: Path, mo
     bricks = [((0, 0), (3, 4)), ((3, 0), (3, 1)), ((3, 1), (3, 3))]
     changed(folder, lambda metadata: cut(metadata, bricks))
     assert len(read_distributed(folder).tensors["model.w"].pieces) == 3
-    monkeypatch.setattr(distributed, "MAX_COMPARISONS", 0)
+    monkeypatch.setattr(pieces, "MAX_COMPARISONS", 0)
     with pytest.raises(Refused, match="form no grid"):
         read_distributed(folder)
 

@@ -1,4 +1,5 @@
-"""Lightning's ModelCheckpoint: the two best and the last; and one that saves by steps, with a link to the last.
+"""Lightning's ModelCheckpoint: the two best and the last; one that saves by steps, with a link to the last; and one
+beside a moving average of the weights.
 
 python -m tests.trainers.lightning_fit BASE OUT
 """
@@ -11,7 +12,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from tests.trainers.tiny import base_model, collated, samples, say
@@ -44,11 +45,11 @@ class Said(lightning.Callback):
         say(self.run, "save", step=trainer.global_step, epoch=trainer.current_epoch, values=logged)
 
 
-def fit(run: str, base: str, out: Path, **settings: Any) -> None:
+def fit(run: str, base: str, out: Path, *callbacks: lightning.Callback, **settings: Any) -> None:
     keep = ModelCheckpoint(dirpath=out / run, **settings)
     trainer = lightning.Trainer(
         max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[keep, Said(run)], log_every_n_steps=1,
+        callbacks=[keep, Said(run), *callbacks], log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(
         Model(base),
@@ -62,3 +63,4 @@ if __name__ == "__main__":
     named = "{epoch}-{step}-{val_loss:.3f}"
     fit("best", base, out, monitor="val_loss", save_top_k=2, save_last=True, filename=named)
     fit("steps", base, out, every_n_train_steps=3, save_top_k=-1, save_last="link", save_weights_only=True)
+    fit("average", base, out, EMAWeightAveraging(decay=0.5), every_n_train_steps=6, filename="{step}")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.trainers import accelerate_state, dcp, hf_trainer
+from tests.trainers import accelerate_state, dcp, hf_trainer, sharded
 from tests.trainers.tiny import leave
 
 if __name__ == "__main__":
     base, out = sys.argv[1], Path(sys.argv[2])
     dist.init_process_group("gloo")
     dcp.write(base, out)
+    sharded.write(base, out / "sharded")
     accelerate_state.write(base, out)
     hf_trainer.lora(base, out / "ranks", save_total_limit=None)
     leave()

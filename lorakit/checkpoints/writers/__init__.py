@@ -8,6 +8,7 @@ from lorakit.checkpoints.writers import (
     dcp,
     deepspeed,
     folder,
+    fsdp_ranks,
     litgpt,
     torch_file,
     torchtune,
@@ -15,7 +16,9 @@ from lorakit.checkpoints.writers import (
 )
 from lorakit.checkpoints.writers.layout import Layout, Writer
 
-WRITERS: tuple[Writer, ...] = (transformers, torchtune, litgpt, accelerate, deepspeed, dcp, folder, torch_file)
+WRITERS: tuple[Writer, ...] = (
+    transformers, torchtune, litgpt, accelerate, deepspeed, dcp, fsdp_ranks, folder, torch_file
+)  # fmt: skip
 
 
 def folder_written_by(place: Place) -> Layout | None:

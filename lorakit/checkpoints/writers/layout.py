@@ -14,7 +14,7 @@ Part = Literal["model", "optimizer", "scheduler", "scaler", "rng", "trainer_stat
 PARTS: tuple[Part, ...] = ("model", "optimizer", "scheduler", "scaler", "rng", "trainer_state")
 WriterName = Literal[
     "transformers", "peft", "huggingface", "torchtune", "litgpt", "lightning", "dcp", "deepspeed", "accelerate",
-    "torch", "lorakit",
+    "fsdp", "torch", "lorakit",
 ]  # fmt: skip
 
 CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")

@@ -5,11 +5,12 @@ in 0.6, in `recipe_state` beside it, which each epoch but the last writes over.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from lorakit.checkpoints.places import Place, entry_of
 from lorakit.checkpoints.whole import what_is_cut_short
 from lorakit.checkpoints.writers.layout import LastWord, Layout, parts, plain_files, written
-from lorakit.checkpoints.writers.model_files import MODELS, model_files
+from lorakit.checkpoints.writers.model_files import MODELS, ModelFiles, model_files
 
 NAME = re.compile(r"(epoch|step)_(\d{1,18})")
 _STATE = "recipe_state.pt"
@@ -17,14 +18,16 @@ _BESIDE = f"../recipe_state/{_STATE}"
 OWN_STATES = (_STATE, f"recipe_state/{_STATE}")
 _PLACES = (*OWN_STATES, _BESIDE)
 _OWN = "adapter_model.pt"
+_SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.bin")  # of a model in torchtune's names or Meta's, which no index joins
 
 
 def layout(place: Place) -> Layout | None:
     files = plain_files(place)
     state = _state(place)
-    if _OWN not in files and not (state and (state != _BESIDE or NAME.fullmatch(place.name))):
+    model = _in_its_own_names(model_files(place))
+    its_own = _OWN in files or any(map(_SHARD.fullmatch, model.names))
+    if not its_own and not (state and (state != _BESIDE or NAME.fullmatch(place.name))):
         return None
-    model = model_files(place)
     kind = model.kind or ("adapter" if _OWN in files else None)
     if kind is None:
         return None
@@ -40,6 +43,14 @@ def layout(place: Place) -> Layout | None:
         missing=model.missing or (() if model.names else ("adapter_model.safetensors",)),
         refusal=model.refusal,
     )
+
+
+def _in_its_own_names(model: ModelFiles) -> ModelFiles:
+    shards = [match for name in model.names if (match := _SHARD.fullmatch(name))]
+    if not shards or len(shards) < len(model.names):
+        return model
+    wanted = (f"model-{number:05}-of-{shards[0][1]}.bin" for number in range(1, int(shards[0][1]) + 1))
+    return replace(model, missing=tuple(name for name in wanted if name not in model.names))
 
 
 def _state(place: Place) -> str | None:

@@ -1,6 +1,7 @@
 """Trainers whose requirements contradict the others': each ran once, in an environment of its own, and what it wrote is
 kept here: NAME.tar.gz, the run's folder; NAME.json, the order in which it came about (see record.py); and of those that
-can be made to say it, NAME.said.jsonl, what was measured.
+can be made to say it, NAME.said.jsonl, what was measured. NAME_whole.tar.gz: models in trainers' own names, see
+whole.py.
 """
 
 from __future__ import annotations
