@@ -1,0 +1,88 @@
+"""Models in Hugging Face's layout: safetensors, or `.bin` shards of torch.save; a folder, or one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorakit.convert.readers.torch_files import without_ema
+from lorakit.convert.source import PlainTensor, Source, SourceTensor, TorchTensor
+from lorakit.errors import InvalidFile, NotFound
+from lorakit.files.folders import file_state, read_json
+from lorakit.files.safetensors import read_header
+from lorakit.files.torch_file import read_torch_file
+from lorakit.files.torch_tensors import StoredTorchTensor
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp.bin")
+
+
+def is_model_folder(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*INDEXES, *SINGLES))
+
+
+def read(path: Path, *, weights: str = "model") -> Source:
+    """Open a model folder, or one file of tensors.
+
+    Raises:
+        UsageError: other weights than the model's are asked for.
+        NotFound: the index names a shard that is not there.
+        InvalidFile: a shard is damaged, or the index and its shards contradict each other.
+    """
+    without_ema(path, weights)
+    index, files = (None, [path]) if path.is_file() else _files(path)
+    tensors: dict[str, SourceTensor] = {}
+    places: dict[str, str] = {}
+    for file in files:
+        for name, tensor in _tensors(file).items():
+            if name in tensors:
+                raise InvalidFile(f"'{name}' is both in {places[name]} and in {file.name} of '{file.parent}'")
+            tensors[name], places[name] = tensor, file.name
+    if index is not None:
+        _ensure_indexed(index, places)
+    beside = path if path.is_dir() else path.parent
+    return Source(path, "huggingface", tensors, {}, beside, {file: file_state(file) for file in files})
+
+
+def _files(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The index, if there is one, and the files of the weights; safetensors rather than what is beside them."""
+    for index, single in zip(INDEXES, SINGLES, strict=False):
+        if (folder / index).is_file():
+            return folder / index, [folder / name for name in _indexed(folder / index)]
+        if (folder / single).is_file():
+            return None, [folder / single]
+    return None, [folder / SINGLES[-1]]
+
+
+def _indexed(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidFile(f"'{index}' has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise InvalidFile(f"'{index}' names {name!r}, which is no file beside it")
+        if not (index.parent / name).is_file():
+            raise NotFound(f"'{index.parent}' lacks {name}, which its index names: copy it there")
+    return names
+
+
+def _ensure_indexed(index: Path, places: dict[str, str]) -> None:
+    said = read_json(index)["weight_map"]
+    for name, place in said.items():
+        if places.get(name) != place:
+            raise InvalidFile(f"'{index}' says that '{name}' is in {place}, and it isn't")
+    extra = next((name for name in places if name not in said), None)
+    if extra is not None:
+        raise InvalidFile(f"{places[extra]} holds '{extra}', which '{index}' does not know")
+
+
+def _tensors(file: Path) -> dict[str, SourceTensor]:
+    if file.suffix == ".safetensors":
+        return {name: PlainTensor(stored) for name, stored in read_header(file).tensors.items()}
+    structure = read_torch_file(file)
+    if not isinstance(structure, dict) or not all(isinstance(name, str) for name in structure):
+        raise InvalidFile(f"'{file}' holds no tensors by name, as a shard of a model does")
+    others = [name for name, value in structure.items() if not isinstance(value, StoredTorchTensor)]
+    if others:
+        raise InvalidFile(f"'{file}': '{others[0]}' is no tensor, and a shard of a model holds nothing else")
+    return {name: TorchTensor(name, stored) for name, stored in structure.items()}
