@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lorakit.adapters.delta import Delta as Delta
     from lorakit.adapters.reading import load_adapter as load_adapter
     from lorakit.adapters.report import MixReport as MixReport
+    from lorakit.convert.convert import convert as convert
+    from lorakit.convert.report import ConvertReport as ConvertReport
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.merge.merge import merge as merge
     from lorakit.merge.report import MergeReport as MergeReport
@@ -41,6 +43,8 @@ _HOME = {
     "Adapter": "lorakit.adapters.adapter",
     "load_adapter": "lorakit.adapters.reading",
     "Delta": "lorakit.adapters.delta",
+    "ConvertReport": "lorakit.convert.report",
+    "convert": "lorakit.convert.convert",
     "LorakitError": "lorakit.errors",
     "MergeReport": "lorakit.merge.report",
     "merge": "lorakit.merge.merge",

@@ -33,6 +33,7 @@ VERBS = {
     "latest": "Print the path of a run's newest finished checkpoint.",
     "best": "Print the path of a run's best finished checkpoint.",
     "prune": "Remove the checkpoints of a run that nothing keeps, and say why.",
+    "convert": "Write any trainer's checkpoint as what vLLM loads, and an adapter as one that it serves right.",
     "check": "Say whether vLLM would load it, and be right, with the reasons.",
     "fetch": "Fetch a checkpoint from a URL, the Hub, a bucket or the store, and say what it is.",
     "export": "Copy a checkpoint to a folder, an archive, a bucket or the Hub, with checksums.",

@@ -10,37 +10,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.adapters.config import beyond_plain_lora
-from lorakit.adapters.delta import Delta
-from lorakit.adapters.keys import factor_name, is_base_copy, parse_key
+from lorakit.adapters.delta import Delta, Term
+from lorakit.adapters.keys import factor_name, parse_key
+from lorakit.convert.adapters.plain_form import BaseView, PlainForm, plain_form, view_of
+from lorakit.convert.adapters.served_layers import not_served
+from lorakit.convert.answers import MERGE, OTHER_BASE, Check
+from lorakit.convert.right_base import right_base
 from lorakit.files.finite import Content
 from lorakit.files.safetensors import StoredTensor
 from lorakit.files.tensors import FLOATS
 from lorakit.merge.base import BaseModel
-from lorakit.merge.copies import equal_values
 from lorakit.merge.layers import is_transposed
-from lorakit.merge.resolve import Resolver, copied_from_base
+from lorakit.merge.resolve import Resolver
 
-MERGE = "merge it into its base (lorakit merge), and serve that"
-ORDER = ("features", "factors", "tensors", "dtype", "rank", "modules", "shapes")
-OTHER_BASE = "serve it beside the base that it was trained on"
+__all__ = ["Check", "Verdict", "check_adapter", "check_numbers"]
 
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One question and its answer: None where it can't be answered. `cure` says what helps where it is no."""
-
-    name: str
-    ok: bool | None
-    reason: str | None = None
-    cure: str | None = None
-
-    @property
-    def problem(self) -> str | None:
-        """What forbids serving, and what helps, in one line."""
-        if self.ok is not False:
-            return None
-        return f"{self.reason}: {self.cure}" if self.cure else self.reason
+ORDER = ("base", "readable", "features", "factors", "tensors", "dtype", "rank", "modules", "shapes")
+LARGEST = 512  # the largest rank that vLLM serves at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +34,18 @@ class Verdict:
     """The answers, several of one name where several things are wrong, and `repairs`: what has to be written anew,
     exactly, before it is served.
 
-    `rename` gives modules the names that the base has for them; `applied` modules would change what the base says.
+    `plain` is what to write then, and `rename` gives its modules the names that the base has for them; `copies` are the
+    tensors that it does without, as they equal the base's; `applied` modules would change what the base says. What is
+    `stacked` is served as it is, and can't be written anew.
     """
 
     checks: tuple[Check, ...] = ()
     repairs: tuple[str, ...] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
     applied: int | None = None
+    plain: Adapter | None = None
+    copies: tuple[str, ...] = ()
+    stacked: bool = False
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -62,30 +53,54 @@ class Verdict:
         return tuple(problem for check in self.checks if (problem := check.problem))
 
 
-def check_adapter(adapter: Adapter, base: BaseModel | None, *, max_rank: int | None = None) -> Verdict:
-    """Judge an adapter by its config, its names and shapes, and the base's; without a base, what can be without."""
-    features = _features(adapter)
-    others = _other_tensors(adapter, base, explained=bool(features))
-    placed = _placed(adapter.deltas, base) if base else _Placed()
-    wrong = [*features, *others, *_dtypes(adapter.deltas), *_rank(adapter, max_rank), *placed.problems]
-    if not adapter.deltas and not wrong:
-        wrong.append(Check("factors", False, "it holds no low-rank factors", "look at what its trainer saved"))
-    unknown = None if base is None else True
+def check_adapter(
+    adapter: Adapter, base: BaseModel | None, *, max_rank: int | None = None, engine: str = "vllm"
+) -> Verdict:
+    """Judge an adapter by its config, its names and shapes, and the base's; without a base, what can be without.
+
+    Of another `engine` than vLLM nothing is known here of the layers and ranks that it takes.
+    """
+    view = None if base is None else view_of(base)
+    form = plain_form(adapter, view)
+    deltas = form.adapter.deltas
+    placed = _placed(deltas, view) if view else _Placed()
+    others = [*not_served(deltas, base.config)] if base and engine == "vllm" else []
+    ranks = _rank(form, max_rank) if engine == "vllm" or max_rank is not None else []
+    found = [*form.obstacles, *others, *_dtypes(adapter), *ranks, *placed.problems]
+    if base is not None:
+        found.append(right_base(adapter, base))
+    repairs = [*form.steps, *_repairs(adapter, placed.rename)]
+    if form.stacked and repairs:
+        reason = f"beside factors of all experts at once it has {repairs[0]}"
+        found.append(Check("features", False, reason, MERGE))
+    wrong = [check for check in found if check.ok is False]
+    if not deltas and not wrong and not form.obstacles and not form.stacked:
+        found.append(Check("factors", False, "it holds no low-rank factors", "look at what its trainer saved"))
+        wrong = found[-1:]
+    fine = _fine(form.adapter, adapter, max_rank, known=base is not None)
+    answered = {check.name for check in found}
+    checks = sorted((*found, *(c for c in fine if c.name not in answered)), key=lambda check: ORDER.index(check.name))
+    return Verdict(
+        tuple(checks), () if wrong else tuple(repairs), placed.rename, placed.applied, form.adapter, form.copies,
+        form.stacked,
+    )  # fmt: skip
+
+
+def _fine(plain: Adapter, adapter: Adapter, max_rank: int | None, *, known: bool) -> list[Check]:
+    """What is said where nothing is wrong."""
+    unknown = True if known else None
     fine = [
         Check("features", True, "plain LoRA, which every vLLM has"),
-        Check("tensors", unknown if _copies(adapter) else True, "nothing but what belongs to a LoRA"),
+        Check("tensors", True, "nothing but what belongs to a LoRA"),
     ]
-    if adapter.deltas:
+    if plain.deltas:
         fine += [
-            Check("dtype", True, ", ".join(sorted(_stored_dtypes(adapter.deltas)))),
-            Check("rank", True, f"rank {adapter.rank}" + (f", and {max_rank} is allowed" if max_rank else "")),
-            Check("modules", unknown, "all are in the base" if base else "no base to look them up in"),
-            Check("shapes", unknown, "all fit the base's" if base else "no base to compare them with"),
+            Check("dtype", True, ", ".join(sorted({stored.dtype for stored in _stored(adapter)}))),
+            Check("rank", True, f"rank {plain.rank}" + (f", and {max_rank} is allowed" if max_rank else "")),
+            Check("modules", unknown, "all are in the base" if known else "no base to look them up in"),
+            Check("shapes", unknown, "all fit the base's" if known else "no base to compare them with"),
         ]
-    answered = {check.name for check in wrong}
-    checks = sorted((*wrong, *(c for c in fine if c.name not in answered)), key=lambda check: ORDER.index(check.name))
-    repairs = [] if wrong else _repairs(adapter, placed.rename)
-    return Verdict(tuple(checks), tuple(repairs), placed.rename, placed.applied)
+    return fine
 
 
 def check_numbers(content: Content) -> Check:
@@ -96,69 +111,32 @@ def check_numbers(content: Content) -> Check:
     return Check("finite", False, reason, "the training diverged; use an earlier checkpoint")
 
 
-def _features(adapter: Adapter) -> list[Check]:
-    return [
-        Check("features", False, f"vLLM serves no adapter with {feature}", MERGE)
-        for feature in beyond_plain_lora(adapter.config).values()
-    ]
-
-
-def _rank(adapter: Adapter, max_rank: int | None) -> list[Check]:
-    if max_rank is None or not adapter.deltas or adapter.rank <= max_rank:
+def _rank(form: PlainForm, max_rank: int | None) -> list[Check]:
+    rank = max(form.adapter.rank, form.adapter.config.rank if form.stacked else 0)
+    limit = LARGEST if max_rank is None else max_rank
+    if rank <= limit:
         return []
-    reason = f"it has rank {adapter.rank}, but --max-lora-rank is {max_rank}"
-    cure = f"shrink it (lorakit shrink … --rank {max_rank}), or start the server with --max-lora-rank {adapter.rank}"
-    return [Check("rank", False, reason, cure)]
+    terms = [term for delta in form.adapter.deltas.values() for term in delta.terms]
+    stored = any(isinstance(term, Term) and term.rank == rank for term in terms)
+    found = f"it has rank {rank}" if stored else f"exactly as plain LoRA it has rank {rank}"
+    shrink = f"shrink it (lorakit convert … --rank {limit}, or lorakit shrink … --rank {limit})"
+    if max_rank is None or rank > LARGEST:
+        return [Check("rank", False, f"{found}, and vLLM serves {LARGEST} at most", shrink)]
+    cure = f"{shrink}, or start the server with --max-lora-rank {rank}"
+    return [Check("rank", False, f"{found}, but --max-lora-rank is {max_rank}", cure)]
 
 
-def _stored_dtypes(deltas: Mapping[str, Delta]) -> set[str]:
-    return {stored.dtype for delta in deltas.values() for term in delta.stored for stored in (term.A, term.B)}
+def _stored(adapter: Adapter) -> Iterable[StoredTensor]:
+    """What its factors are made from."""
+    terms = [term for delta in adapter.deltas.values() for term in delta.stored]
+    return [stored for term in terms for stored in (term.A, term.B)] or adapter.others
 
 
-def _dtypes(deltas: Mapping[str, Delta]) -> list[Check]:
-    for delta in deltas.values():
-        for term in delta.stored:
-            if term.A.dtype not in FLOATS or term.B.dtype not in FLOATS:
-                reason = f"'{term.A.name}' is stored as {term.A.dtype}"
-                return [Check("dtype", False, reason, "save the adapter in bf16, fp16 or fp32")]
-    return []
-
-
-def _copies(adapter: Adapter) -> list[StoredTensor]:
-    """PEFT's copies of the base's values."""
-    return [stored for stored in adapter.others if copied_from_base(stored.name) and is_base_copy(stored.name)]
-
-
-def _other_tensors(adapter: Adapter, base: BaseModel | None, *, explained: bool) -> list[Check]:
-    """What is no factor: PEFT's copy of the base's embedding is no news, anything else was trained.
-
-    `explained`: the config says already what those others are for.
-    """
-    found: list[Check] = []
-    copies = {stored.name for stored in _copies(adapter)}
-    biases = [stored for bias in adapter.biases.values() for stored, _ in bias.parts]
-    rest = [stored.name for stored in (*adapter.others, *biases) if stored.name not in copies]
-    if base is not None:
-        resolver = Resolver(base.tensors)
-        for stored in _copies(adapter):
-            name = resolver.tensor_of(copied_from_base(stored.name) or "")
-            if name is None:
-                rest.append(stored.name)
-            else:
-                found += _copy_of(stored, base.tensors[name])
-    if rest and not explained:
-        shown = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
-        found.append(Check("tensors", False, f"it holds tensors that no LoRA has ({shown}): vLLM refuses it", MERGE))
-    return found
-
-
-def _copy_of(stored: StoredTensor, own: StoredTensor) -> list[Check]:
-    if stored.shape != own.shape:
-        reason = f"its copy of '{own.name}' is {list(stored.shape)}, the base's is {list(own.shape)}"
-        return [Check("tensors", False, reason, f"the vocabulary was resized, so {MERGE}")]
-    if not equal_values(stored, own):
-        reason = f"its copy of '{own.name}' differs from the base's: it was made for another base"
-        return [Check("tensors", False, reason, OTHER_BASE)]
+def _dtypes(adapter: Adapter) -> list[Check]:
+    for stored in _stored(adapter):
+        if stored.dtype not in FLOATS and adapter.deltas:
+            reason = f"'{stored.name}' is stored as {stored.dtype}"
+            return [Check("dtype", False, reason, "save the adapter in bf16, fp16 or fp32")]
     return []
 
 
@@ -171,26 +149,39 @@ class _Placed:
     applied: int | None = None
 
 
-def _placed(deltas: Mapping[str, Delta], base: BaseModel) -> _Placed:
-    resolver = Resolver(base.tensors)
+def _placed(deltas: Mapping[str, Delta], view: BaseView) -> _Placed:
+    base, resolver = view.model.base, view.resolver
     rename: dict[str, str] = {}
     missing: list[str] = []
     misfits: list[str] = []
     for module, delta in deltas.items():
         found = resolver.weight_of(module)
         if found is None:
-            if not (base.quantised and any(name.startswith(f"{module}.") for name in base.tensors)):
+            if view.shapes_known or not any(name.startswith(f"{module}.") for name in base.tensors):
                 missing.append(module)
             continue
         if found != f"{module}.weight":
             rename[module] = found.removesuffix(".weight")
-        if not base.quantised and not _fits(delta, base.tensors[found], base):
+        if view.shapes_known and not _fits(delta, view.tensors[found], found, base):
             misfits.append(
                 f"'{module}' is for a weight {list(delta.shape)}, the base's '{found}' is "
-                f"{list(base.tensors[found].shape)}"
+                f"{list(view.tensors[found].shape)}"
             )
-    problems = (*_misfits(misfits), *_missing(missing, len(deltas), resolver))
-    return _Placed(rename, problems, len(deltas) - len(missing) - len(misfits))
+    twice = _meant_twice(deltas, rename)
+    problems = (*_misfits(misfits), *_missing(missing, len(deltas), resolver), *twice)
+    untrained = sum(delta.known_rank == 0 for delta in deltas.values())
+    return _Placed(rename, problems, len(deltas) - len(missing) - len(misfits) - untrained)
+
+
+def _meant_twice(deltas: Mapping[str, Delta], rename: Mapping[str, str]) -> Iterable[Check]:
+    taken: dict[str, str] = {}
+    for module in deltas:
+        name = rename.get(module, module)
+        if name in taken:
+            reason = f"'{module}' and '{taken[name]}' both mean '{name}' of the base"
+            yield Check("modules", False, reason, "save it anew from one class of the model")
+            return
+        taken[name] = module
 
 
 def _misfits(found: list[str]) -> Iterable[Check]:
@@ -207,8 +198,8 @@ def _missing(modules: list[str], every: int, resolver: Resolver) -> Iterable[Che
         yield Check("modules", False, f"{reason}: the adapter was made for another base", OTHER_BASE)
 
 
-def _fits(delta: Delta, weight: StoredTensor, base: BaseModel) -> bool:
-    return weight.shape == (delta.shape[::-1] if is_transposed(weight.name, base) else delta.shape)
+def _fits(delta: Delta, weight: StoredTensor, name: str, base: BaseModel) -> bool:
+    return weight.shape == (delta.shape[::-1] if is_transposed(name, base) else delta.shape)
 
 
 def _repairs(adapter: Adapter, rename: Mapping[str, str]) -> list[str]:
@@ -225,6 +216,8 @@ def _repairs(adapter: Adapter, rename: Mapping[str, str]) -> list[str]:
     if rename:
         module = next(iter(rename))
         found.append(f"moved names ('{module}' is '{rename[module]}' in the base)")
+    if config.peft_type != "LORA":
+        return found
     if config.rank_pattern or config.alpha_pattern:
         found.append("rank_pattern and alpha_pattern, which vLLM before 0.32 ignores")
     if any(config.raw.get(name) is None for name in ("lora_alpha", "target_modules")):

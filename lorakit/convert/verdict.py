@@ -13,6 +13,7 @@ from lorakit.adapters.reading import WEIGHTS, load_adapter
 from lorakit.checkpoints.finished import NO_PERMISSION, QUIET, Look, look_at
 from lorakit.checkpoints.places import LocalPlace
 from lorakit.checkpoints.writers import folder_written_by
+from lorakit.convert.adapters.pickled import PICKLED
 from lorakit.convert.check import Check, check_adapter, check_numbers
 from lorakit.convert.whole_model import check_model
 from lorakit.errors import LorakitError
@@ -127,7 +128,8 @@ def _adapter(look: Look, base: str | None, max_rank: int | None, *, ask_hub: boo
     path = look.path
     try:
         adapter = load_adapter(path)
-        numbers = look_at_numbers(read_header(path / WEIGHTS))
+        header = read_header(path / WEIGHTS)
+        numbers = look_at_numbers(header)
     except LorakitError as error:
         broken = Check("readable", False, str(error), "use an earlier checkpoint")
         return Judgement(path, look.kind, look.writer, (broken,))
@@ -137,16 +139,18 @@ def _adapter(look: Look, base: str | None, max_rank: int | None, *, ask_hub: boo
     else:
         verdict = with_values(model, lambda: check_adapter(adapter, model, max_rank=max_rank))
     checks = [
-        Check("readable", True, f"{len(adapter.deltas)} modules in {adapter.config.peft_type}"),
+        Check("readable", True, f"{len(header.tensors)} tensors, {adapter.config.peft_type}"),
         Check("pickle-free", True, WEIGHTS),
         check_numbers(numbers),
         of_base,
-        *verdict.checks,
     ]
+    said = {check.name for check in verdict.checks}
+    checks = [check for check in checks if check.name not in said]
     if numbers.all_zero and look.state != "finished":  # some writers make a file in its full size, and fill it then
-        checks.insert(3, Check("filled", None, "all its numbers are zero", LATER))
+        checks.append(Check("filled", None, "all its numbers are zero", LATER))
+    plain = adapter if verdict.plain is None else verdict.plain
     return Judgement(
-        path, look.kind, look.writer, tuple(checks), verdict.repairs, adapter.rank, len(adapter.deltas),
+        path, look.kind, look.writer, (*checks, *verdict.checks), verdict.repairs, plain.rank, len(plain.deltas),
         verdict.applied, adapter.base if base is None else base,
     )  # fmt: skip
 
@@ -200,6 +204,8 @@ def _of_another_format(look: Look) -> list[Check]:
     """Refused, unknown, or a format of training that no engine loads."""
     if look.state == "refused":
         reason, _, cure = look.reason.partition(": ")
+        if any((look.path / name).is_file() for name in PICKLED):
+            cure = f"{cure}, or lorakit convert '{look.path}' --out DIR, which runs none"
         return [Check("pickle-free", False, reason, cure)]
     if look.path.is_file() and _is_part(look.path):
         cure = f"name its folder, '{look.path.parent}'"

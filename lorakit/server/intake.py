@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.config import canonical
 from lorakit.adapters.reading import WEIGHTS, load_adapter
 from lorakit.adapters.writing import write_adapter_files
 from lorakit.checkpoints.finished import Look, look_at
 from lorakit.checkpoints.trainer_state import read_facts
+from lorakit.convert.adapters.pickled import PICKLED
 from lorakit.convert.check import Verdict, check_adapter, check_numbers
 from lorakit.errors import Incomplete, InvalidFile, Refused
 from lorakit.files.finite import look_at_numbers
 from lorakit.files.folders import copy_file, read_json, write_json
-from lorakit.files.provenance import write_provenance
+from lorakit.files.provenance import FILE, write_provenance
 from lorakit.files.safetensors import read_header
 from lorakit.merge.base import BaseModel
 from lorakit.store.catalog import Finish, Label, Revision
@@ -27,6 +27,8 @@ CONFIG = "adapter_config.json"
 def why_never_served(look: Look) -> str | None:
     """Why no server takes in what looks like this, however long one waits; None when it may."""
     if look.state == "refused":
+        if any((look.path / name).is_file() for name in PICKLED):
+            return f"{look.reason}, or lorakit convert '{look.path}' --out DIR, which runs none"
         return look.reason
     if look.kind == "regular":
         return (
@@ -69,6 +71,8 @@ def take_in(
         try:
             copy_file(look.path / WEIGHTS, staged / WEIGHTS)
             write_json(staged / CONFIG, canonical(read_json(look.path / CONFIG)))
+            if (look.path / FILE).is_file():  # which may tell the base that it was made for
+                copy_file(look.path / FILE, staged / FILE)
         except (FileNotFoundError, InvalidFile):
             raise Incomplete(f"'{look.path}' went away or was written again while it was copied") from None
         if look_at(look.path).signature != look.signature:
@@ -80,7 +84,7 @@ def take_in(
             raise Refused("; ".join(problems))
         rank = adapter.rank
         if verdict.repairs:
-            _repair(adapter, verdict, staged)
+            rank = _repair(verdict, staged)
         write_provenance(staged, "store", parents=[{"path": str(look.path)}], settings={}, repaired=verdict.repairs)
         digest, _, size = store.keep(staged)
     revision, finish = store.add(
@@ -101,11 +105,13 @@ def _bad_numbers(staged: Path, *, certain: bool) -> list[str]:
     return []
 
 
-def _repair(adapter: Adapter, verdict: Verdict, staged: Path) -> None:
-    """Write the same deltas in the form that every vLLM reads, in place of what was copied."""
+def _repair(verdict: Verdict, staged: Path) -> int:
+    """Write the same change in the form that every vLLM reads, in place of what was copied; gives its rank."""
+    assert verdict.plain is not None
     beside = staged / "repaired"
     beside.mkdir()
-    write_adapter_files(adapter, beside, rename=verdict.rename)
+    write_adapter_files(verdict.plain, beside, rename=verdict.rename)
     for name in (WEIGHTS, CONFIG):
         (beside / name).replace(staged / name)
     beside.rmdir()
+    return max(1, verdict.plain.rank)

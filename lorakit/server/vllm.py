@@ -131,6 +131,39 @@ def command(
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *own, *extra]
 
 
+def plain_command(
+    found: Installed,
+    *,
+    base: str,
+    name: str,
+    socket: str,
+    rank: int,
+    adapters: Mapping[str, Path],
+    extra: Sequence[str],
+) -> list[str]:
+    """The command that starts vLLM by itself on a private socket, with these adapters loaded."""
+    slots = len(adapters) + (1 if _needs_spare(found.version, found.cpu) else 0)
+    own = [
+        "--model", base, "--served-model-name", name, "--uds", socket, "--enable-lora", "--max-loras", str(slots),
+        "--max-lora-rank", str(rank), "--enforce-eager",
+        "--lora-modules", *(f"{adapter}={folder}" for adapter, folder in adapters.items()),
+    ]  # fmt: skip
+    if found.cpu:
+        own += ["--distributed-executor-backend", "uni"]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *own, *extra]
+
+
+def prompt_question(model: str, tokens: Sequence[int]) -> dict[str, Any]:
+    """What to post to /v1/completions for the logprob of every token of a prompt but its first."""
+    return {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+
+
+def prompt_logprobs(body: Mapping[str, Any], tokens: Sequence[int]) -> list[float]:
+    """What it answered. Raises KeyError, TypeError where that is something else."""
+    found = body["choices"][0]["prompt_logprobs"][1:]
+    return [float(each[str(token)]["logprob"]) for each, token in zip(found, tokens[1:], strict=True)]
+
+
 def environment(found: Installed, environ: Mapping[str, str], *, offline: bool) -> dict[str, str]:
     """What vLLM's process gets: the caller's variables, those that must be, and defaults where nothing was said."""
     must = {

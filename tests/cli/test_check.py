@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lorakit.checkpoints.finished import look_at
+from lorakit.convert.answers import Check
 from lorakit.errors import Refused
 from lorakit.merge.base import read_base
 from lorakit.server.intake import take_in
@@ -92,7 +93,8 @@ def test_what_is_wrong_has_its_cure_below_it(capsys: Capture, base: Path, tmp_pa
     ended = lorakit(capsys, "check", folder, "--base", base)
     lines = [line.strip() for line in ended.out.splitlines()]
     place = lines.index("no  features     vLLM serves no adapter with use_dora")
-    assert lines[place + 1] == "merge it into its base (lorakit merge), and serve that"
+    assert lines[place + 1].startswith("`lorakit convert ADAPTER --base BASE --approximate` makes plain LoRA of it")
+    assert lines[place + 1].endswith("or merge it into its base (lorakit merge), and serve that")
     assert (ended.code, lines[-1]) == (4, "not ready: 3 of 3 modules apply")
 
 
@@ -246,3 +248,55 @@ def test_names_in_files_give_a_terminal_no_orders(capsys: Capture, tmp_path: Pat
     folder = write_checkpoint(tmp_path / "checkpoint-5", base_model_name_or_path="org/\x1b[31m", bias="\x1b[2J")
     ended = lorakit(capsys, "check", folder)
     assert "\x1b" not in ended.out + ended.err
+
+
+# --probe
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, answer: bool | None) -> list[tuple[Path, Path]]:
+    """What an engine would have been started with; it gives this answer."""
+    seen: list[tuple[Path, Path]] = []
+
+    def probe(adapter: Path, served: Path, base: str, **_: object) -> Check:
+        assert (served / "adapter_model.safetensors").is_file()
+        seen.append((adapter, served))
+        return Check("probe", answer, "as they say", "do this")
+
+    monkeypatch.setattr("lorakit.server.probe.probe", probe)
+    return seen
+
+
+@pytest.mark.parametrize(("answer", "code"), [(True, 0), (False, 4), (None, 4)])
+def test_an_engines_answer_counts_as_the_others_do(
+    capsys: Capture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bool | None, code: int
+) -> None:
+    seen = asked(monkeypatch, answer)
+    folder = write_checkpoint(tmp_path / "checkpoint-5")
+    ended = lorakit(capsys, "check", folder, "--base", base, "--probe", "--json")
+    assert ended.code == code
+    assert json.loads(ended.out)["checks"][-1]["ok"] is answer
+    assert seen == [(folder, folder)]
+
+
+def test_an_engine_gets_what_a_server_would_make_of_it(
+    capsys: Capture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = asked(monkeypatch, True)
+    folder = write_checkpoint(tmp_path / "checkpoint-5", lora_alpha=None)
+    assert lorakit(capsys, "check", folder, "--base", base, "--probe").code == 0
+    ((adapter, served),) = seen
+    assert adapter == folder
+    assert served != folder
+    assert not served.exists()
+
+
+def test_of_what_is_refused_no_engine_is_asked(
+    capsys: Capture, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = asked(monkeypatch, True)
+    folder = write_checkpoint(tmp_path / "checkpoint-5", use_dora=True)
+    ended = lorakit(capsys, "check", folder, "--base", base, "--probe")
+    assert (ended.code, seen) == (4, [])
+    assert "not asked" in ended.out
+    model = lorakit(capsys, "check", base, "--probe")
+    assert "for adapters alone" in model.out

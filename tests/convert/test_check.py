@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorakit.adapters.reading import load_adapter
 from lorakit.convert.check import Verdict, check_adapter
+from lorakit.errors import LorakitError
 from lorakit.merge.base import BaseModel, read_base
+from lorakit.merge.model import model_for
 from tests.folders import base_tensors, factors, linear_modules, write_adapter, write_base
 
 Q = "model.layers.0.self_attn.q_proj"
+QUANTISED = Path(__file__).parents[1] / "merge" / "quantised" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def test_rslora_and_a_part_of_the_layers_are_fine(tmp_path: Path, base: BaseMode
 
 @pytest.mark.parametrize(
     "config",
-    [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True},
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True},
      {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"peft_type": "IA3"},
      {"layer_replication": [[0, 1]]}, {"trainable_token_indices": [1]}],
     ids=lambda config: next(iter(config)),
@@ -199,3 +205,145 @@ def test_the_modules_that_would_apply_are_counted(tmp_path: Path, base: BaseMode
     assert found.applied == 1
     assert "1 of its 4 modules" in found.problems[0]
     assert "and 1 more don't fit" in found.problems[1]
+
+
+# what is made plain, exactly
+
+
+def loha(rank: int = 2) -> dict[str, Any]:
+    shapes = {"hada_w1_a": (8, rank), "hada_w1_b": (rank, 8), "hada_w2_a": (8, rank), "hada_w2_b": (rank, 8)}
+    return {f"base_model.model.{Q}.{part}": np.ones(shape, "float32") for part, shape in shapes.items()}
+
+
+def vera() -> dict[str, Any]:
+    own = {f"base_model.model.{Q}.vera_lambda_b": np.ones(8, "float32"),
+           f"base_model.model.{Q}.vera_lambda_d": np.ones(2, "float32")}  # fmt: skip
+    return own | {"base_model.vera_A": np.ones((2, 8), "float32"), "base_model.vera_B": np.ones((8, 2), "float32")}
+
+
+def test_another_method_of_low_rank_is_repaired_with_the_rank_that_it_has_then(tmp_path: Path, base: BaseModel) -> None:
+    found = verdict(tmp_path / "a", base, loha(), peft_type="LOHA", alpha=2)
+    assert found.problems == ()
+    assert "LOHA" in found.repairs[0]
+    assert (found.applied, found.plain is not None and found.plain.rank) == (1, 4)
+    small = verdict(tmp_path / "b", base, loha(), peft_type="LOHA", alpha=2, max_rank=3)
+    assert "exactly as plain LoRA it has rank 4" in only(small)
+
+
+def test_a_method_that_needs_the_bases_sizes_is_unknown_without_one(tmp_path: Path, base: BaseModel) -> None:
+    assert verdict(tmp_path / "a", base, vera(), peft_type="VERA").problems == ()
+    alone = check_adapter(load_adapter(write_adapter(tmp_path / "b", vera(), peft_type="VERA")), None)
+    assert (alone.problems, {check.name for check in alone.checks if check.ok is None}) == ((), {"features"})
+
+
+def test_a_saved_module_that_equals_the_bases_is_repaired_and_one_that_does_not_is_refused(
+    tmp_path: Path, base: BaseModel
+) -> None:
+    head = {"base_model.model.lm_head.weight": base_tensors()["lm_head.weight"]}
+    found = verdict(tmp_path / "a", base, factors({Q: (8, 8)}) | head, modules_to_save=["lm_head"])
+    assert (found.problems, found.copies) == ((), tuple(head))
+    assert "modules_to_save" in found.repairs[0]
+    trained = {name: value + 1 for name, value in head.items()}
+    other = verdict(tmp_path / "b", base, factors({Q: (8, 8)}) | trained, modules_to_save=["lm_head"])
+    assert "lorakit convert" in only(other)
+
+
+def test_rows_of_an_embedding_are_repaired_and_those_of_another_vocabulary_refused(
+    tmp_path: Path, base: BaseModel
+) -> None:
+    rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 8), "float32")}
+    tensors = factors({Q: (8, 8)}) | rows
+    found = verdict(tmp_path / "a", base, tensors, trainable_token_indices={"embed_tokens": [1, 15]})
+    assert (found.problems, found.applied) == ((), 2)
+    beyond = verdict(tmp_path / "b", base, tensors, trainable_token_indices={"embed_tokens": [1, 16]})
+    assert "row 16" in only(beyond)
+    contradicted = verdict(tmp_path / "c", base, tensors, trainable_token_indices={"embed_tokens": [1]})
+    assert not is_fine(contradicted)
+    assert contradicted.problems
+
+
+def test_two_modules_that_mean_one_weight_are_refused(tmp_path: Path, base: BaseModel) -> None:
+    problem = only(verdict(tmp_path, base, factors({Q: (8, 8), Q.removeprefix("model."): (8, 8)})))
+    assert f"both mean '{Q}'" in problem
+
+
+EXTRA = {
+    "base_model.model.lm_head.weight": base_tensors()["lm_head.weight"],
+    "base_model.model.model.embed_tokens.base_layer.weight": base_tensors()["model.embed_tokens.weight"],
+    "base_model.model.model.layers.0.norm.weight": base_tensors()["model.layers.0.norm.weight"] + 1,
+    f"base_model.model.{Q}.bias": np.ones(8, "float32"),
+    f"base_model.model.{Q}.lora_B.bias": np.ones(8, "float32"),
+    f"base_model.model.{Q}.lora_magnitude_vector": np.ones(8, "float32"),
+    f"base_model.model.{Q}.something": np.ones(8, "float32"),
+    "base_model.model.conv.lora_A.weight": np.ones((2, 3, 1, 1), "float32"),
+}
+SETTINGS = {
+    "bias": "all",
+    "modules_to_save": ["norm"],
+    "use_dora": True,
+    "lora_bias": True,
+    "trainable_token_indices": [1],
+}
+
+
+@given(st.sets(st.sampled_from(sorted(EXTRA))), st.sets(st.sampled_from(sorted(SETTINGS))))
+def test_nothing_is_dropped_in_silence(base: BaseModel, extra: set[str], settings: set[str]) -> None:
+    with TemporaryDirectory() as folder:
+        tensors = factors({Q: (8, 8)}) | {name: EXTRA[name] for name in extra}
+        found = verdict(Path(folder), base, tensors, **{name: SETTINGS[name] for name in settings})
+    copies = {name for name in extra if "lm_head" in name or "base_layer" in name}
+    asked = settings - {"bias"}  # which says nothing where nothing was trained
+    assert bool(found.problems) == bool(extra - copies or asked)
+    if not found.problems:
+        assert set(found.copies) == copies
+
+
+ODD: tuple[Any, ...] = (True, -1, 0, 10**30, 1.5, "3", "", [], [3], [-1], [10**9], ["q_proj"], [[0, 1]], {}, {"a": 1},
+                        {"embed_tokens": [1]}, {"embed_tokens": "x"}, {"q_proj": 2}, "pissa", "unsloth")  # fmt: skip
+FIELDS = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters", "use_qalora", "qalora_group_size",
+          "init_lora_weights", "use_dora", "layer_replication", "lora_bias", "peft_version", "lora_B_layout",
+          "rank_pattern", "alpha_pattern", "target_modules", "base_model_name_or_path", "revision")  # fmt: skip
+SHAPES = ((1, 8), (2, 4), (4, 8), (2, 8, 8), (3, 2, 8), (8,))
+NAMES = ("model.layers.0.mlp.experts", "model.layers.0.mlp.experts.w1", "model.layers.0.mlp.experts.base_layer",
+         "model.embed_tokens", "lm_head", "model.unembed_tokens", "model.layers.0.self_attn.qkv_proj")  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(ODD), max_size=4),
+    st.dictionaries(st.sampled_from(NAMES), st.tuples(st.sampled_from(SHAPES), st.sampled_from(SHAPES)), max_size=3),
+    st.sampled_from(["LORA", "LOHA", "LOKR", "VERA", "OFT", "IA3", "PROMPT_TUNING", "NEW"]),
+    st.booleans(),
+)
+def test_whatever_an_adapter_says_there_is_an_answer_or_an_error_of_ours(
+    base: BaseModel, said: dict[str, Any], odd: dict[str, Any], kind: str, rows: bool
+) -> None:
+    tensors = factors({Q: (8, 8)})
+    for name, (a, b) in odd.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ones(a, "float32")
+        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ones(b, "float32")
+    if rows:
+        tensors["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = np.ones((1, 8), "float32")
+    with TemporaryDirectory() as folder:
+        try:
+            found = verdict(Path(folder), base, tensors, peft_type=kind, **said)
+        except LorakitError:
+            return
+    assert found.checks
+    assert all(check.cure or check.ok is not False for check in found.checks), found
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in QUANTISED.iterdir()))
+def test_sizes_are_known_of_a_quantised_base_and_those_of_another_are_refused(tmp_path: Path, name: str) -> None:
+    base = read_base(QUANTISED / name)
+    quantised = model_for(base, ()).quantised
+    modules = {weight.removesuffix(".weight"): found.shape for weight, found in quantised.items()}
+    assert modules
+    right = check_adapter(load_adapter(write_adapter(tmp_path / "a", factors(modules))), base)
+    assert (right.problems, right.applied) == ((), len(modules))
+    half = {module: (out // 2, into) for module, (out, into) in modules.items()}
+    wrong = check_adapter(load_adapter(write_adapter(tmp_path / "b", factors(half))), base)
+    assert "made for another base" in wrong.problems[0]
+    first = next(iter(modules))
+    copy = {f"base_model.model.{first}.weight": np.ones(modules[first], "float32")}
+    assert check_adapter(load_adapter(write_adapter(tmp_path / "c", factors(modules) | copy)), base).problems

@@ -123,33 +123,41 @@ def free_port() -> int:
         return port
 
 
-def cold_answers(
-    base: Path, adapters: Mapping[str, Path], log: Path, *, max_rank: int = 8
-) -> dict[tuple[str, str], Answer]:
-    """What plain vLLM, freshly started, answers as the base and as each adapter: by (name, prompt)."""
+@contextmanager
+def plain_vllm(base: Path, log: Path, *flags: str, max_loras: int, max_rank: int) -> Iterator[httpx.Client]:
+    """vLLM without lorakit, freshly started, which loads and unloads adapters when asked."""
     port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base",
-        "--host", "127.0.0.1", "--port", str(port), "--enable-lora", "--max-loras", str(len(adapters) + 1),
+        "--host", "127.0.0.1", "--port", str(port), "--enable-lora", "--max-loras", str(max_loras),
         "--max-lora-rank", str(max_rank), "--enforce-eager", "--distributed-executor-backend", "uni", *ENGINE_FLAGS,
-        "--lora-modules", *(f"{name}={path}" for name, path in adapters.items()),
+        *flags,
     ]  # fmt: skip
     variables = {
         **os.environ, **QUICK, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }  # fmt: skip
     with log.open("wb") as stream:
         process = subprocess.Popen(command, env=variables, stdout=stream, stderr=stream, start_new_session=True)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             wait_for(client, "/health", process, log)
-            return {(name, prompt): ask(client, name, prompt) for name in ("base", *adapters) for prompt in PROMPTS}
+            yield client
     finally:
         process.terminate()
         try:
             process.wait(20)
         finally:
             end_group(process)
+
+
+def cold_answers(
+    base: Path, adapters: Mapping[str, Path], log: Path, *, max_rank: int = 8
+) -> dict[tuple[str, str], Answer]:
+    """What plain vLLM, freshly started, answers as the base and as each adapter: by (name, prompt)."""
+    named = ("--lora-modules", *(f"{name}={path}" for name, path in adapters.items()))
+    with plain_vllm(base, log, *named, max_loras=len(adapters) + 1, max_rank=max_rank) as client:
+        return {(name, prompt): ask(client, name, prompt) for name in ("base", *adapters) for prompt in PROMPTS}
 
 
 def wait_for(client: httpx.Client, path: str, process: subprocess.Popen[bytes], log: Path, limit: float = 120) -> None:

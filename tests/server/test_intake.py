@@ -20,7 +20,7 @@ from lorakit.merge.base import BaseModel, read_base
 from lorakit.server import intake
 from lorakit.server.intake import Taken, take_in
 from lorakit.store.store import Store
-from tests.folders import factors, write_adapter
+from tests.folders import base_tensors, factors, write_adapter, write_base
 from tests.server.fake_engine import overwrite, put_adapter, put_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -171,6 +171,70 @@ def test_what_can_be_repaired_exactly_is_and_says_so(store: Store, base: BaseMod
         mine = config["lora_alpha"] / config["r"] * mine_b @ mine_a
         np.testing.assert_allclose(mine, scale * b @ a, rtol=1e-6, atol=1e-6)
     assert load_adapter(revision.folder).rank == revision.rank == 4
+
+
+def rows(*indices: int) -> dict[str, Any]:
+    values = np.random.default_rng(3).standard_normal((len(indices), 8)).astype("float32")
+    return {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": values}
+
+
+def loha(rank: int) -> dict[str, Any]:
+    chance = np.random.default_rng(2)
+    shapes = {"hada_w1_a": (8, rank), "hada_w1_b": (rank, 8), "hada_w2_a": (8, rank), "hada_w2_b": (rank, 8)}
+    return {f"base_model.model.{Q}.{part}": chance.standard_normal(shape).astype("float32")
+            for part, shape in shapes.items()}  # fmt: skip
+
+
+def test_trained_rows_are_taken_in_as_factors_of_an_embedding(store: Store, base: BaseModel, tmp_path: Path) -> None:
+    tensors = factors({Q: (8, 8)}) | rows(3, 11, 5)
+    folder = write_adapter(tmp_path / "a", tensors, trainable_token_indices={"embed_tokens": [3, 11, 5]})
+    revision = take(store, base, folder).revision
+    assert "trainable_token_indices" in str(revision.repaired)
+    assert revision.rank == load_adapter(revision.folder).rank == 3
+    written = load_adapter(revision.folder).deltas["model.embed_tokens"].dense().numpy()
+    wanted = np.zeros((16, 8))
+    (trained,) = rows(3, 11, 5).values()
+    wanted[[3, 11, 5]] = trained - base_tensors()["model.embed_tokens.weight"][[3, 11, 5]]
+    np.testing.assert_allclose(written, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_another_method_of_low_rank_is_taken_in_as_plain_factors(store: Store, base: BaseModel, tmp_path: Path) -> None:
+    tensors = loha(2)
+    revision = take(store, base, write_adapter(tmp_path / "a", tensors, peft_type="LOHA", alpha=2)).revision
+    assert "LOHA" in str(revision.repaired)
+    w1a, w1b, w2a, w2b = (value.astype("float64") for value in tensors.values())
+    written = load_adapter(revision.folder).deltas[Q]
+    np.testing.assert_allclose(written.dense().numpy(), (w1a @ w1b) * (w2a @ w2b), rtol=1e-5, atol=1e-5)
+    assert revision.rank == written.rank == 4
+
+
+def test_what_has_too_large_a_rank_as_plain_factors_is_refused_with_the_cure(store: Store, tmp_path: Path) -> None:
+    wide = {f"{Q}.weight": np.ones((64, 64), "float32"), "model.embed_tokens.weight": np.ones((16, 64), "float32")}
+    base = read_base(write_base(tmp_path / "wide", wide))
+    chance = np.random.default_rng(2)
+    shapes = {"hada_w1_a": (64, 6), "hada_w1_b": (6, 64), "hada_w2_a": (64, 6), "hada_w2_b": (6, 64)}
+    tensors = {f"base_model.model.{Q}.{part}": chance.standard_normal(shape).astype("float32")
+               for part, shape in shapes.items()}  # fmt: skip
+    with pytest.raises(Refused, match=r"exactly as plain LoRA it has rank 36.*lorakit convert … --rank 16"):
+        take(store, base, write_adapter(tmp_path / "a", tensors, rank=6, peft_type="LOHA", alpha=2))
+    assert_nothing_left(store)
+
+
+def test_an_adapter_that_was_made_for_another_kind_of_base_is_refused(
+    store: Store, base: BaseModel, tmp_path: Path
+) -> None:
+    folder = put_adapter(tmp_path / "a")
+    noted = {"parents": [{"kind": "base", "identity": "qwen2-0123456789abcdef"}]}
+    (folder / "lorakit.json").write_text(json.dumps(noted))
+    with pytest.raises(Refused, match="qwen2-0123456789abcdef"):
+        take(store, base, folder)
+    assert_nothing_left(store)
+
+
+def test_a_pickle_is_never_served_and_says_what_helps(tmp_path: Path) -> None:
+    folder = put_adapter(tmp_path / "a")
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    assert "lorakit convert" in str(intake.why_never_served(look_at(folder)))
 
 
 def test_the_same_broken_content_is_repaired_to_the_same_revision(

@@ -1,0 +1,1 @@
+"""An adapter of any kind as plain LoRA of its base, which every engine serves right."""
