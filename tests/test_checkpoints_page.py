@@ -215,6 +215,16 @@ def merged(folder: str, step: int) -> Check:
     return check
 
 
+def converted(work: Work) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    saved, made = (LlamaForCausalLM.from_pretrained(path) for path in ("runs/full/checkpoint-20", "model"))
+    assert made.config.dtype == torch.bfloat16
+    for name, value in saved.state_dict().items():
+        assert torch.equal(made.state_dict()[name], value.to(torch.bfloat16)), name
+
+
 def mixed(work: Work) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     made, ten, thirty = (stored(path) for path in (Path("mixed"), work.step(10), work.step(30)))
@@ -441,6 +451,7 @@ COMMANDS: dict[str, tuple[Check, Check]] = {
     "lorakit rm runs/sql/checkpoint-10 --yes": (nothing, removed),
     "lorakit undelete runs/sql/checkpoint-10": (first_removed, taken_back),
     "lorakit diff runs/full/checkpoint-10 runs/full/checkpoint-20 --op equal": (nothing, models_differ),
+    "lorakit convert runs/full/checkpoint-20 --out model --dtype bf16": (nothing, converted),
     "lorakit merge runs/sql/checkpoint-20 --out folded": (nothing, merged("folded", 20)),
     "lorakit capture -- sh train.sh": (scripts, captured),
     "lorakit capture --run last -- sh root.sh": (scripts, root_is_final),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakit.cli.main import VERBS
 from tests.checkpoints.moving.archives import tarred
@@ -24,6 +25,7 @@ BEFORE = {
     "unmerge": ["merge runs/chat --out merged"],
     "show": ["mix runs/sql/checkpoint-500=0.7 runs/chat=0.3 --out mixed", "shrink mixed --rank 1 --out small"],
     "diff": ["mix runs/sql/checkpoint-500=0.7 runs/chat=0.3 --out mixed", "shrink mixed --rank 1 --out small"],
+    "check": ["convert runs/sql/checkpoint-500 --out servable"],
     "undelete": ["rm runs/sql/checkpoint-500 --yes"],
 }
 TRAIN = """
@@ -53,8 +55,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folders that the README speaks of, and an empty store."""
     monkeypatch.setenv("LORAKIT_HOME", str(tmp_path / "home"))
     (tmp_path / "train.py").write_text(TRAIN)
-    base = write_base(tmp_path / "models" / "llama")
+    base = write_base(tmp_path / "models" / "llama", hidden_size=8, num_attention_heads=2)
     write_base(tmp_path / "models" / "tuned", {name: 1.01 * value for name, value in base_tensors().items()})
+    torch.save({"state_dict": {f"model.{name}": torch.from_numpy(value) for name, value in base_tensors().items()}},
+               tmp_path / "last.ckpt")  # fmt: skip
     (tmp_path / "score.py").write_text(next(block for block in blocks("python") if "score.py" in block))
     for name in ("runs/sql/checkpoint-500", "runs/chat"):
         write_adapter(tmp_path / name, base_model_name_or_path=str(base))
@@ -83,7 +87,7 @@ def test_every_command_does_what_it_says(
     ended = lorakit(capsys, *command[1:], *(["--dry-run"] if command[1] == "serve" else []))
     assert ended.code == 0, ended.err
     if "--out" in command:
-        assert (workplace / command[command.index("--out") + 1]).is_dir()
+        assert (workplace / command[command.index("--out") + 1]).exists()
 
 
 def test_every_verb_is_shown() -> None:
