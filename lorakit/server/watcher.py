@@ -20,7 +20,7 @@ from lorakit.checkpoints.writers.layout import ADAPTER, ADAPTER_CONFIG
 
 GLANCES = 250  # settled checkpoints of one run that one scan asks for changes; of more, in turn
 NEWEST = 16  # of each run that every scan asks
-RELISTED = 5.0  # seconds after which a run of more is listed again, though its folder has not changed
+RELISTED = 10.0  # seconds after which a run of more is listed again, though its folder has not changed
 _DECIDING = ("", ADAPTER, ADAPTER_CONFIG, *MARKERS)  # the folder itself: a file comes, goes or is replaced
 
 Times = tuple[int, int, int, int]  # size, last write, last change, inode

@@ -227,4 +227,4 @@ def test_a_long_run_is_listed_again_though_its_folder_does_not_tell(
     watch.ready(2.5)
     put_checkpoint(tmp_path / "sql", 50)
     assert watch.ready(1.0) == []
-    assert watch.ready(5.0) == ["sql 50"]
+    assert watch.ready(watcher.RELISTED) == ["sql 50"]
