@@ -12,6 +12,7 @@ from typing import Any
 
 from lorakit.checkpoints.runs import Candidate
 from lorakit.errors import NotFound
+from lorakit.server.answered import Answered, Observer
 from lorakit.server.engine import Engine, LoadFailed
 from lorakit.server.events import Events
 from lorakit.server.residency import Residency
@@ -43,6 +44,7 @@ class Served:
         self.runs: dict[str, Run] = {}
         self.waiting: dict[Place, Waiting] = {}
         self.requests: dict[int, int] = {}
+        self.observers: list[Observer] = []  # each is told of every answer when it has ended
         self._unproven: set[int] = set()  # found, and not yet tried out in the engine
         self._failed: dict[int, str] = {}  # refused by the engine, with its reason
         self._loading: set[int] = set()
@@ -134,6 +136,10 @@ class Served:
             self._unproven.discard(revision.id)
             self._failed.pop(revision.id, None)
             self.events.tell("loaded", f"{revision.name} is in the engine", **about(revision))
+
+    def answered(self, answer: Answered) -> None:
+        for observer in self.observers:
+            observer(answer)
 
     def kept(self) -> Collection[str]:
         return {revision.name for run in self.runs.values() for revision in self.targets(run)}

@@ -1,0 +1,31 @@
+"""What is known of a request when its answer has ended: for metrics, logs, and the guard of what is followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorakit.store.catalog import Revision
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Times are seconds since the request's head was read; tokens are None where the answer did not say them.
+
+    `status` is 499 where the client left before the answer ended, and `revision` None for the base, and where the
+    request reached no model.
+    """
+
+    model: str  # as it was asked for
+    path: str
+    status: int
+    seconds: float
+    revision: Revision | None = None
+    request_id: str = ""
+    first_byte: float | None = None
+    waited: float = 0.0  # until its revision was in the engine
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+Observer = Callable[[Answered], None]
