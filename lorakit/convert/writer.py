@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from lorakit.merge.quantised import Quantiser
 
+SYNC_EVERY = 0.1  # seconds
 BLOCK = 1 << 21  # elements that a thread reads and rounds at once
 
 
@@ -88,8 +89,13 @@ def write_shards(
 
 
 def _sync(tasks: Sequence[Future[Any]], writer: int) -> None:
-    """Once all is written: one file goes to the disk while the next is filled."""
-    _wait_for(tasks)
+    """What is written goes to the disk while the rest is, so that little is left to wait for at the end."""
+    unfinished = set(tasks)
+    while unfinished:
+        done, unfinished = wait(unfinished, timeout=SYNC_EVERY, return_when=FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        os.fdatasync(writer)
     os.fsync(writer)
 
 

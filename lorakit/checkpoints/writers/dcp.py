@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lorakit.checkpoints.places import Place
@@ -87,12 +88,14 @@ def kind_of(place: Place) -> Kind | None:
 
 def said_in(place: Place) -> Said | None:
     """What `.metadata` says; None where it is not there, or can't be read (yet). Raises OSError."""
+    return _said(place.read(LAST)) if LAST in place.entries else None
+
+
+@lru_cache(maxsize=1)  # one look at a checkpoint asks several times, and of a large model it takes a second
+def _said(raw: bytes) -> Said | None:
     from lorakit.files.pickle_values import Stub
     from lorakit.files.pickles import read_pickle
 
-    if LAST not in place.entries:
-        return None
-    raw = place.read(LAST)
     try:
         found = read_pickle(io.BytesIO(raw), len(raw), LAST)
     except (InvalidFile, Refused):
