@@ -1,7 +1,8 @@
 """DeepSpeed's `global_stepN`: each rank's `*_model_states.pt` and `*_optim_states.pt`, and above it `latest`, which
 rank 0 writes last. Other ranks may still write then, so every rank's file has to be there, whole.
 
-A universal checkpoint (`*_universal`) has a folder for each parameter under `zero/`, and `latest_universal` above.
+A universal checkpoint has a folder for each parameter under `zero/`, and `latest_universal` above; ds_to_universal
+lets its user name it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ def is_tag(name: str) -> bool:
 
 def layout(place: Place) -> Layout | None:
     files = plain_files(place)
-    if is_tag(place.name) and "zero" in folders(place):
+    has_states = any(_STATES.fullmatch(name) for name in files)
+    if (has_states or is_tag(place.name)) and _is_universal(place):
         return _universal(place)
-    if any(_STATES.fullmatch(name) for name in files):
+    if has_states:
         return _of_tag(place, "")
     tag = _named(place, "latest") or _named(place, "latest_universal")
     if tag and entry_of(place, tag) is not None:
@@ -57,6 +59,10 @@ def _of_tag(place: Place, tag: str) -> Layout:
         late=tuple(f"{before}{name}" for name in late),
         missing=tuple(f"{before}{name}" for name in _missing(names, keys)),
     )
+
+
+def _is_universal(place: Place) -> bool:
+    return "zero" in folders(place)
 
 
 def _universal(place: Place) -> Layout:
@@ -107,7 +113,7 @@ def last_word(place: Place, layout: Layout) -> LastWord | None:
         name = "latest" if entry_of(place, "latest") is not None else "latest_universal"
         entry = entry_of(place, name)
         return LastWord(name, entry.written) if entry else None
-    name = "latest_universal" if place.name.endswith("_universal") else "latest"
+    name = "latest_universal" if _is_universal(place) else "latest"
     entry, tag = entry_of(place.above, name), _named(place.above, name)
     if entry is None:
         return None

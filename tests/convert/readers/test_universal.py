@@ -44,9 +44,9 @@ def put(folder: Path, name: str, value: Any) -> None:
     torch.save(torch.zeros(1), folder / "zero" / name / "exp_avg.pt")
 
 
-def made_universal(written: Path, folder: Path) -> Path:
+def made_universal(written: Path, folder: Path, step: str = "step-3") -> Path:
     run = shutil.copytree(written, folder / "copy")
-    words = ["--input_folder", run / "step-3", "--output_folder", run / "universal", "--inject_missing_state"]
+    words = ["--input_folder", run / step, "--output_folder", run / "universal", "--inject_missing_state"]
     subprocess.run(
         [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *map(str, words), "--num_extract_workers", "1",
          "--num_merge_workers", "1"],
