@@ -44,29 +44,44 @@ class NotFound(LorakitError):
 
 
 class Refused(LorakitError):
-    """Found, but it may not be used as it is."""
+    """Found, but it may not be used as it is. `cause` says so in a word, of a few, for those who count."""
 
     code = 4
+    cause = "refused"
+
+    def __init__(self, message: str = "", *, cause: str | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause or self.cause
 
 
 class InvalidFile(Refused):
     """A file is truncated, can't be parsed, or lies about its size."""
 
+    cause = "invalid_file"
+
 
 class Incomplete(Refused):
     """A checkpoint is still being written."""
+
+    cause = "incomplete"
 
 
 class UnsupportedAdapter(Refused):
     """The adapter is of a kind that this operation can't do exactly."""
 
+    cause = "features"
+
 
 class UnplacedTensors(Refused):
     """Adapter tensors that no weight of the base takes."""
 
+    cause = "tensors"
+
 
 class WrongBase(Refused):
     """The adapter was made for another base: shapes differ."""
+
+    cause = "base"
 
 
 class Conflict(LorakitError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from lorakit.adapters.keys import unwrapped
+from lorakit.adapters.module_names import ends_with
 from lorakit.errors import InvalidFile, UnsupportedAdapter
 from lorakit.files.folders import read_json
 
@@ -60,7 +61,7 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
         if value is None:
             return default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in _as_tuple(kinds)):
-            raise InvalidFile(f"'{file}': {name} is {value!r}")
+            raise InvalidFile(f"'{file}': {name} is {shown(value)}")
         return value
 
     peft_type = str(take("peft_type", str, "")).upper()
@@ -68,23 +69,23 @@ def parse_config(raw: Mapping[str, Any], file: Path) -> AdapterConfig:
         raise InvalidFile(f"'{file}' is no adapter config: it has no peft_type")
     rank = take("r", int, 0)
     if peft_type == "LORA" and rank < 1:
-        raise InvalidFile(f"'{file}': r is {raw.get('r')!r}, and has to be a whole number above 0")
+        raise InvalidFile(f"'{file}': r is {shown(raw.get('r'))}, and has to be a whole number above 0")
     # AdaLoRA writes there which of its directions it kept, module by module: lists, which `raw` has
     rank_pattern = {} if peft_type == "ADALORA" else take("rank_pattern", dict, {})
     alpha_pattern = take("alpha_pattern", dict, {})
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         for key, value in pattern.items():
             if not _is_finite_number(value) or value < 0:
-                raise InvalidFile(f"'{file}': {name}[{key!r}] is {value!r}")
+                raise InvalidFile(f"'{file}': {name}[{shown(key)}] is {shown(value)}")
     if any(not isinstance(value, int) or value < 1 for value in rank_pattern.values()):
         raise InvalidFile(f"'{file}': a rank in rank_pattern is no whole number above 0")
     for name in ("modules_to_save", "target_parameters"):
         names = take(name, list, [])
         if not all(isinstance(item, str) for item in names):
-            raise InvalidFile(f"'{file}': {name} is {names!r}")
+            raise InvalidFile(f"'{file}': {name} is {shown(names)}")
     alpha = take("lora_alpha", (int, float), 8 if peft_type == "LORA" else 0)
     if not _is_finite_number(alpha):
-        raise InvalidFile(f"'{file}': lora_alpha is {alpha!r}")
+        raise InvalidFile(f"'{file}': lora_alpha is {shown(alpha)}")
     return AdapterConfig(
         peft_type=peft_type,
         rank=rank,
@@ -123,11 +124,7 @@ def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> fl
 
 
 def _matches(key: str, module: str) -> bool:
-    key = unwrapped(key)  # as the module's own path is
-    try:
-        return re.match(rf"(.*\.)?({key})$", module) is not None
-    except re.error:
-        return key == module
+    return ends_with(unwrapped(key), module)  # as the module's own path is
 
 
 def beyond_plain_lora(config: AdapterConfig) -> dict[str, str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 Weigh = Callable[[str], float]
+CLASSIFIERS = ("classifier", "score")  # PEFT names both in `modules_to_save`, whichever of the two the model has
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,11 @@ class Trained:
 def owner_of(path: str) -> str:
     """The module of a tensor's path, or of rows."""
     return path.removesuffix(".weight").removesuffix(".bias")
+
+
+def spellings_of(module: str) -> tuple[str, ...]:
+    """The names under one of which a file has a module that `modules_to_save` names."""
+    return CLASSIFIERS if module in CLASSIFIERS else (module,)
 
 
 def rows_of(config: AdapterConfig, module: str) -> tuple[int, ...] | None:

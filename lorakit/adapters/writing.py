@@ -149,9 +149,23 @@ def _transposed(delta: Delta) -> Delta:
     return Delta((made((into, out), make, delta.rank),), "linear")
 
 
-def written(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B in float32, with the scale in B: scale · B in float64, rounded once."""
-    return delta.A.float(), (delta.B.double() * delta.scale).float()
+def written(delta: Delta, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B in float32, with the scale in B: scale · B in float64, rounded once. With zeros up to that rank."""
+    import torch
+
+    # asked for once: they may be made, and large
+    b, a = delta.terms[0].load() if len(delta.terms) == 1 else (delta.B, delta.A)
+    a, b = a.float(), b.float() if delta.scale == 1 else (b.double() * delta.scale).float()
+    missing = (rank or 0) - delta.rank
+    if missing > 0:
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+    return a, b
+
+
+def ensure_finite(module: str, *factors: torch.Tensor) -> None:
+    """Raises UnsupportedAdapter for what float32 does not hold; without a copy of them."""
+    if not all(bound.isfinite() for factor in factors if factor.numel() for bound in factor.aminmax()):
+        raise UnsupportedAdapter(f"the factors of '{module}' are too large for float32: give smaller weights")
 
 
 def _parts(delta: Delta) -> tuple[Part, Part]:
@@ -172,15 +186,10 @@ def _planned(module: str, delta: Delta, rank: int, *, with_bias: bool) -> Iterat
 
 
 def _tensors(deltas: Mapping[str, Delta], ranks: Mapping[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
-    import torch
-
     for module, delta in deltas.items():
         part_a, part_b = _parts(delta)
-        missing = ranks[module] - delta.rank
-        a, b = written(delta)
-        a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise UnsupportedAdapter(f"the factors of '{module}' are too large for float32: give smaller weights")
+        a, b = written(delta, ranks[module])
+        ensure_finite(module, a, b)
         yield factor_name(module, part_a), a.contiguous()
         yield factor_name(module, part_b), b.contiguous()
 

@@ -120,7 +120,7 @@ def _say(report: ConvertReport, *, written: bool) -> None:
         note(f"note: {line}")
     if written:
         rate = report.nbytes / 1e6 / max(report.seconds, 1e-9)
-        error = "" if report.error is None else f"; relative error {report.error:.2g}"
+        error = "" if report.error is None else f"; relative error {report.error:.2g}" if report.error else "; exact"
         note(
             f"converted {report.tensors} tensors ({report.format}), {report.nbytes / 1e6:.1f} MB in "
             f"{report.seconds:.1f} s ({rate:.0f} MB/s){error}"

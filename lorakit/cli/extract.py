@@ -96,9 +96,11 @@ def _print_report(result: dict[str, Any], put: Callable[[str], None]) -> None:
     for change in result["uncarried"]:
         state = "saved whole" if change["saved"] else "not carried"
         put(f"{change['tensor']}  {change['shape']}  {state}: {change['reason']}{_size(change)}")
+    error = result["relative_error"]
+    said = "not known, as a vocabulary was resized" if error is None else f"{error:.2e}"
     put(
         f"rank {result['rank_kept']} at most on {len(result['modules'])} modules, {result['parameters']} parameters, "
-        f"relative error {result['relative_error']:.2e}; {result['equal']} tensors are equal in both"
+        f"relative error {said}; {result['equal']} tensors are equal in both"
     )
 
 

@@ -28,3 +28,8 @@ class Check:
         if self.ok is not False:
             return None
         return f"{self.reason}: {self.cure}" if self.cure else self.reason
+
+    @property
+    def question(self) -> str | None:
+        """What has to be known before it may be served, and what helps, in one line."""
+        return f"{self.reason}: {self.cure}" if self.ok is None and self.cure else None

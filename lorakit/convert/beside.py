@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from lorakit.convert.described import is_described
 from lorakit.convert.expected import architecture_of
 from lorakit.convert.planning import ConvertPlan
 from lorakit.convert.readers.huggingface import is_model_folder
@@ -42,12 +43,15 @@ def find_beside(own: Path | None, like: Path | None) -> Beside:
     """From the checkpoint's own folder where it has them, else from that of a model of its kind.
 
     Raises:
-        Refused: neither has a config.
+        Refused: neither has a config of a model.
     """
     folders = [folder for folder in (own, like) if folder is not None]
-    described = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    described = next(filter(is_described, folders), None)
     if described is None:
-        raise Refused("there is no config.json beside the checkpoint: name the model that was trained with --like")
+        raise Refused(
+            "there is no config.json beside the checkpoint that says a model_type: name the model that was trained "
+            "with --like"
+        )
     notes = []
     config = dict(read_json(described / CONFIG))
     architecture = architecture_of(config, None if like is None else read_json(like / CONFIG))
@@ -55,20 +59,21 @@ def find_beside(own: Path | None, like: Path | None) -> Beside:
         notes.append(f"config.json names {architecture}; it named {config.get('architectures')}")
         config["architectures"] = [architecture]
     base = like or described
-    companions = plan_companions(base, [folder for folder in folders if folder != base])
-    is_tidy = like is not None or is_model_folder(base)
-    wanted = tuple(one for one in companions if one.name != GENERATION and _is_of_model(one.name, config, is_tidy))
+    companions = plan_companions(base, [folder for folder in folders if folder != base], described)
+    tidy = {folder for folder in folders if folder == like or is_model_folder(folder)}
+    wanted = tuple(one for one in companions if one.name != GENERATION and _is_of_model(one, config, tidy))
     generation = next((one.source for one in companions if one.name == GENERATION), None)
     ends = _ends(config, generation, wanted)
     found = _generation(generation, ends)
     return Beside(config, found, wanted, tuple(notes))
 
 
-def _is_of_model(name: str, config: Mapping[str, Any], is_tidy: bool) -> bool:
+def _is_of_model(file: Companion, config: Mapping[str, Any], tidy: Collection[Path]) -> bool:
     """Beside a model's own files nearly all belongs to it; a folder of a training may hold data and scripts, too."""
+    name = file.name
     if any(fnmatch(name, pattern) for pattern in _OF_TRAINERS):
         return False
-    if is_tidy or any(fnmatch(name, pattern) for pattern in (*_OF_TOKENIZER, "LICENSE*", "NOTICE*")):
+    if file.source.parent in tidy or any(fnmatch(name, one) for one in (*_OF_TOKENIZER, "LICENSE*", "NOTICE*")):
         return True
     return name.endswith(".py") and "auto_map" in config
 
@@ -89,7 +94,8 @@ def _ends(config: Mapping[str, Any], generation: Path | None, companions: Collec
 
 def _id_of(tokenizer: Path, token: Any) -> Any:
     said = read_json(tokenizer)
-    for entry in said.get("added_tokens") or []:
+    added = said.get("added_tokens")
+    for entry in added if isinstance(added, list) else []:
         if isinstance(entry, dict) and entry.get("content") == token:
             return entry.get("id")
     model = said.get("model")

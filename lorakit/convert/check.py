@@ -35,22 +35,29 @@ class Verdict:
     exactly, before it is served.
 
     `plain` is what to write then, and `rename` gives its modules the names that the base has for them; `copies` are the
-    tensors that it does without, as they equal the base's; `applied` modules would change what the base says. What is
-    `stacked` is served as it is, and can't be written anew.
+    tensors that it does without, as they equal the base's. Of its `modules`, `applied` would change what the base says.
+    What is `stacked` is served as it is, and can't be written anew. `rank` is what an engine has to allow.
     """
 
     checks: tuple[Check, ...] = ()
     repairs: tuple[str, ...] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
+    modules: int = 0
     applied: int | None = None
     plain: Adapter | None = None
     copies: tuple[str, ...] = ()
-    stacked: bool = False
+    stacked: tuple[str, ...] = ()
+    rank: int = 0
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What forbids serving, each with its cure."""
         return tuple(problem for check in self.checks if (problem := check.problem))
+
+    @property
+    def open_questions(self) -> tuple[str, ...]:
+        """Why it is not known whether it may be served, and what helps."""
+        return tuple(question for check in self.checks if (question := check.question))
 
 
 def check_adapter(
@@ -61,7 +68,7 @@ def check_adapter(
     Of another `engine` than vLLM nothing is known here of the layers and ranks that it takes.
     """
     view = None if base is None else view_of(base)
-    form = plain_form(adapter, view)
+    form = plain_form(adapter, view, engine=engine)
     deltas = form.adapter.deltas
     placed = _placed(deltas, view) if view else _Placed()
     others = [*not_served(deltas, base.config)] if base and engine == "vllm" else []
@@ -69,7 +76,9 @@ def check_adapter(
     found = [*form.obstacles, *others, *_dtypes(adapter), *ranks, *placed.problems]
     if base is not None:
         found.append(right_base(adapter, base))
-    repairs = [*form.steps, *_repairs(adapter, placed.rename)]
+    # PEFT looks for modules by their paths in memory, which are those that the adapter has
+    rename = {} if engine == "peft" else placed.rename
+    repairs = [*form.steps, *_repairs(adapter, rename)]
     if form.stacked and repairs:
         reason = f"beside factors of all experts at once it has {repairs[0]}"
         found.append(Check("features", False, reason, MERGE))
@@ -77,26 +86,27 @@ def check_adapter(
     if not deltas and not wrong and not form.obstacles and not form.stacked:
         found.append(Check("factors", False, "it holds no low-rank factors", "look at what its trainer saved"))
         wrong = found[-1:]
-    fine = _fine(form.adapter, adapter, max_rank, known=base is not None)
+    fine = _fine(form, adapter, max_rank, known=base is not None)
     answered = {check.name for check in found}
     checks = sorted((*found, *(c for c in fine if c.name not in answered)), key=lambda check: ORDER.index(check.name))
+    applied = None if placed.applied is None else placed.applied + len(form.stacked)
     return Verdict(
-        tuple(checks), () if wrong else tuple(repairs), placed.rename, placed.applied, form.adapter, form.copies,
-        form.stacked,
+        tuple(checks), () if wrong else tuple(repairs), rename, len(deltas) + len(form.stacked), applied,
+        form.adapter, form.copies, form.stacked, form.rank,
     )  # fmt: skip
 
 
-def _fine(plain: Adapter, adapter: Adapter, max_rank: int | None, *, known: bool) -> list[Check]:
+def _fine(form: PlainForm, adapter: Adapter, max_rank: int | None, *, known: bool) -> list[Check]:
     """What is said where nothing is wrong."""
     unknown = True if known else None
     fine = [
         Check("features", True, "plain LoRA, which every vLLM has"),
         Check("tensors", True, "nothing but what belongs to a LoRA"),
     ]
-    if plain.deltas:
+    if form.adapter.deltas or form.stacked:
         fine += [
             Check("dtype", True, ", ".join(sorted({stored.dtype for stored in _stored(adapter)}))),
-            Check("rank", True, f"rank {plain.rank}" + (f", and {max_rank} is allowed" if max_rank else "")),
+            Check("rank", True, f"rank {form.rank}" + (f", and {max_rank} is allowed" if max_rank else "")),
             Check("modules", unknown, "all are in the base" if known else "no base to look them up in"),
             Check("shapes", unknown, "all fit the base's" if known else "no base to compare them with"),
         ]
@@ -112,7 +122,7 @@ def check_numbers(content: Content) -> Check:
 
 
 def _rank(form: PlainForm, max_rank: int | None) -> list[Check]:
-    rank = max(form.adapter.rank, form.adapter.config.rank if form.stacked else 0)
+    rank = form.rank
     limit = LARGEST if max_rank is None else max_rank
     if rank <= limit:
         return []
@@ -120,6 +130,8 @@ def _rank(form: PlainForm, max_rank: int | None) -> list[Check]:
     stored = any(isinstance(term, Term) and term.rank == rank for term in terms)
     found = f"it has rank {rank}" if stored else f"exactly as plain LoRA it has rank {rank}"
     shrink = f"shrink it (lorakit convert … --rank {limit}, or lorakit shrink … --rank {limit})"
+    if form.stacked:  # which nothing shrinks
+        shrink = MERGE
     if max_rank is None or rank > LARGEST:
         return [Check("rank", False, f"{found}, and vLLM serves {LARGEST} at most", shrink)]
     cure = f"{shrink}, or start the server with --max-lora-rank {rank}"
@@ -191,11 +203,16 @@ def _misfits(found: list[str]) -> Iterable[Check]:
 
 
 def _missing(modules: list[str], every: int, resolver: Resolver) -> Iterable[Check]:
-    if modules:
-        near = resolver.nearest(modules[0], 1)
-        nearest = f"; nearest: '{near[0]}'" if near else ""
-        reason = f"the base has no weight for {len(modules)} of its {every} modules ('{modules[0]}'{nearest})"
-        yield Check("modules", False, f"{reason}: the adapter was made for another base", OTHER_BASE)
+    if not modules:
+        return
+    missing = f"the base has no weight for {len(modules)} of its {every} modules ('{modules[0]}'"
+    if otherwise := resolver.stored_otherwise(modules[0]):
+        cure = "train it on layers as the base has them"
+        yield Check("modules", False, f"{missing}): {otherwise}, and the sizes of its parts are not known here", cure)
+        return
+    near = resolver.nearest(modules[0], 1)
+    nearest = f"; nearest: '{near[0]}'" if near else ""
+    yield Check("modules", False, f"{missing}{nearest}): the adapter was made for another base", OTHER_BASE)
 
 
 def _fits(delta: Delta, weight: StoredTensor, name: str, base: BaseModel) -> bool:

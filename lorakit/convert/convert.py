@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapters.config import parse_config
 from lorakit.checkpoints.finished import examine, is_adapter
 from lorakit.checkpoints.locate import find_checkpoint, nothing_named, on_hub
 from lorakit.checkpoints.writers.layout import Kind
 from lorakit.convert.beside import Beside, chosen, find_beside, write_model_files
+from lorakit.convert.described import is_described
 from lorakit.convert.expected import Expected, expected_like, expected_of
 from lorakit.convert.planning import MAX_SHARD, ConvertPlan, plan_convert
 from lorakit.convert.readers import WEIGHTS, read_source
@@ -20,11 +22,12 @@ from lorakit.convert.report import ConvertReport
 from lorakit.convert.source import Source
 from lorakit.convert.vocabulary import tokens_of
 from lorakit.convert.writer import write_shards
-from lorakit.errors import Incomplete, OutOfSpace, Refused, UsageError
+from lorakit.errors import Incomplete, InvalidFile, LorakitError, NotFound, OutOfSpace, Refused, UsageError
 from lorakit.files.digests import sampled_digest
-from lorakit.files.folders import free_bytes, refuse_existing, whole_folder
+from lorakit.files.folders import free_bytes, read_json, refuse_existing, whole_folder
 from lorakit.files.hub import hub_folder, looks_like_hub_id
 from lorakit.files.provenance import write_provenance
+from lorakit.files.safetensors import read_header
 from lorakit.merge.base import HUB_PATTERNS, INDEX, SINGLE, read_base
 from lorakit.merge.companions import CONFIG
 from lorakit.merge.execute import Progress
@@ -33,7 +36,7 @@ from lorakit.merge.merge import parse_size
 from lorakit.merge.plan import DTYPES
 
 PARTS = ("model", "tokenizer")
-_ON_HUB = (*HUB_PATTERNS, "*.bin")
+_ON_HUB = (*HUB_PATTERNS, "pytorch_model*.bin")
 
 
 def convert(
@@ -84,6 +87,8 @@ def convert(
         OutOfSpace: the disk is full.
     """
     parts = _checked(dtype, weights, only, workers)
+    if "model" not in parts and (dtype != "keep" or quantize is not None):
+        raise UsageError("the tokenizer alone has no dtype, and can't be quantised: leave out --dtype and --quantize")
     place = None if out is None else Path(out)
     if place is not None:
         refuse_existing(place)
@@ -96,6 +101,7 @@ def convert(
                 f"'{checkpoint}' is an adapter, which has no parts, dtype or quantised form to choose: for a whole "
                 f"model merge it first (lorakit merge)"
             )
+        _ensure_for_adapter(strict, max_shard_size, workers)
         from lorakit.convert.adapters.convert import convert_adapter
 
         return convert_adapter(
@@ -103,7 +109,10 @@ def convert(
             approximate=approximate, target=target, dry_run=dry_run,
         )  # fmt: skip
     _ensure_for_model(max_rank, rank, approximate, target)
-    wanted = _Wanted(parts, dtype, weights, quantize, parse_size(max_shard_size), strict)
+    shard_size = parse_size(max_shard_size)
+    if shard_size == 0:
+        raise UsageError("a file of 0 bytes holds no tensor: name a larger --max-shard-size")
+    wanted = _Wanted(parts, dtype, weights, quantize, shard_size, strict)
     return _convert_model(checkpoint, place, like, wanted, dry_run=dry_run, workers=workers, progress=progress)
 
 
@@ -133,6 +142,8 @@ def _convert_model(
     like_folder = _folder_of(like)
     source = read_source(checkpoint, weights=wanted.weights)
     beside = find_beside(source.beside, like_folder)
+    if "model" not in wanted.parts and not chosen(beside.companions, wanted.parts):
+        raise Refused(f"there is no tokenizer beside '{checkpoint}': name the model that was trained with --like")
     plan = None
     if "model" in wanted.parts:
         expectations = _expectations(source, beside, like_folder, like)
@@ -160,8 +171,8 @@ def _planned(source: Source, expected: Expected, beside: Beside, wanted: _Wanted
     tokenizer = beside.tokenizer if "tokenizer" in wanted.parts else None
     return plan_convert(
         source, expected, beside.config, tokens=None if tokenizer is None else tokens_of(tokenizer),
-        dtype=wanted.dtype, quantise=wanted.quantize, max_shard_size=wanted.max_shard_size or MAX_SHARD,
-        strict=wanted.strict,
+        trained=tokenizer is not None and tokenizer.parent == source.beside, dtype=wanted.dtype,
+        quantise=wanted.quantize, max_shard_size=wanted.max_shard_size or MAX_SHARD, strict=wanted.strict,
     )  # fmt: skip
 
 
@@ -187,22 +198,64 @@ def _ensure_for_model(max_rank: int | None, rank: int | None, approximate: bool,
         raise UsageError(f"the checkpoint is a whole model, and --{wrong[0]} is for adapters: leave it out")
 
 
+def _ensure_for_adapter(strict: bool, max_shard_size: int | str | None, workers: int | None) -> None:
+    """Raises UsageError when something is asked for that is of whole models alone."""
+    asked = {"no-strict": not strict, "max-shard-size": max_shard_size is not None, "workers": workers is not None}
+    wrong = [name for name, value in asked.items() if value]
+    if wrong:
+        raise UsageError(f"the checkpoint is an adapter, and --{wrong[0]} is for whole models: leave it out")
+
+
 def _located(reference: str) -> Path:
     found = find_checkpoint(reference)
     if found is not None:
-        return found.parent if found.is_file() and is_adapter(found.parent) else found
+        is_part = found.is_file() and found.name.startswith("adapter_") and is_adapter(found.parent)
+        return found.parent if is_part else found
     if not looks_like_hub_id(reference):
         raise nothing_named(reference)
     return on_hub(reference, what="checkpoint", patterns=_ON_HUB)
 
 
 def _kind_of_whole(checkpoint: Path) -> Kind | None:
-    """Raises Incomplete when a file is missing, or still being written; a config may come from elsewhere."""
+    """A config may come from elsewhere.
+
+    Raises:
+        Incomplete: a file is missing, or still being written.
+        InvalidFile: one is all there, and damaged.
+    """
     look, layout = examine(checkpoint)
     lacks_config_alone = layout is not None and layout.missing == (CONFIG,)
     if look.state == "incomplete" and look.writer is not None and not lacks_config_alone:
+        if layout is not None:
+            _ensure_undamaged(checkpoint, layout.files)
+        _refuse_wrong_config(checkpoint)
         raise Incomplete(f"'{checkpoint}' is incomplete: {look.reason}; wait for its writer, or use an earlier one")
     return look.kind
+
+
+def _ensure_undamaged(checkpoint: Path, names: Collection[str]) -> None:
+    """Raises InvalidFile for a file that can't be read and is not just cut short, as one is that is being written."""
+    for file in [checkpoint] if checkpoint.is_file() else [checkpoint / name for name in names]:
+        try:
+            if file.suffix == ".safetensors":
+                read_header(file)
+            elif file.suffix == ".json":
+                read_json(file)
+        except NotFound:
+            continue
+        except InvalidFile as error:
+            if "cut short" not in str(error):
+                raise InvalidFile(f"{error}: copy it again") from None
+
+
+def _refuse_wrong_config(checkpoint: Path) -> None:
+    """Raises InvalidFile when it is an adapter whose config is all there, and wrong: waiting helps nobody then."""
+    file = checkpoint / "adapter_config.json"
+    try:
+        raw = read_json(file)
+    except (LorakitError, OSError):
+        return
+    parse_config(raw, file)
 
 
 def _folder_of(like: str | os.PathLike[str] | None) -> Path | None:
@@ -224,32 +277,34 @@ def _expectations(
     The names in another model's files are good as long as the checkpoint has the same.
     """
     own = source.beside
-    is_described = own is not None and (own / CONFIG).is_file()
+    described = own if own is not None and is_described(own) else like_folder
     has_tensors = like_folder is not None and any((like_folder / name).is_file() for name in (INDEX, SINGLE))
-    if like_folder is not None and has_tensors and not is_described:
+    if like_folder is not None and has_tensors and described == like_folder:
         yield expected_like(read_base(like_folder))
-    described = own if is_described else like_folder
-    found = None if described is None else expected_of(described, beside.config)
+    try:
+        found = None if described is None else expected_of(described, beside.config)
+    except InvalidFile:
+        raise
+    except Refused:  # of a model that transformers does not know, another's files say as much
+        if like is None:
+            raise
+        found = None
     if found is not None:
         yield found
-    elif like is None:
-        kind = beside.config.get("model_type")
-        raise Refused(
-            f"transformers has no model of type '{kind}' of its own, and no code of a checkpoint is run here: name the "
-            f"folder of the model that was trained with --like, whose tensors say what is to be there"
-        )
-    elif is_described or not has_tensors:
+    if like_folder is not None and has_tensors and described != like_folder:
+        yield expected_like(read_base(like_folder))
+    elif found is None and like is not None and not has_tensors:
         yield expected_like(open_base(like))
 
 
 def _first_that_fits(expectations: Iterator[Expected], plan: Callable[[Expected], ConvertPlan]) -> ConvertPlan:
-    """Raises what the last one raises, when none fits."""
+    """Raises what the first one raises, when none fits."""
     refused: Refused | None = None
     for expected in expectations:
         try:
             return plan(expected)
         except Refused as error:
-            refused = error
+            refused = refused or error
     assert refused is not None
     raise refused
 

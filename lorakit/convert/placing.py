@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 SHOWN = 8  # tensors that an error names
 AS_IT_IS = "load it in vLLM as it is"
 
+# Here `tie_word_embeddings: false` says that the decoder's output is not scaled; two weights that differ stay two.
+_ALWAYS_TIED = frozenset({"t5", "longt5", "pop2piano"})
+
 
 @dataclass(frozen=True, slots=True)
 class PartOf:
@@ -72,28 +75,48 @@ class Placing:
         self.renamed: dict[str, str] = {}
         self.left_out = dict(source.left_out)
         self.notes: list[str] = []
-        self._stored_names = {part.whole: name for name, part in expected.stored.items() if part.begin == 0}
+        stored = expected.stored.items()
+        self._stored_names = {part.whole: name for name, part in stored if part.whole is not None and part.begin == 0}
         section = self.config.pop("quantization_config", None)
         self.quantised = str(section.get("quant_method", "an unnamed method")) if isinstance(section, dict) else None
 
     def place(self, *, strict: bool) -> None:
         expected, source = self.expected, self.source
-        found = named(source.tensors, expected.shapes)
-        if found.unplaced and expected.stored.keys() != expected.shapes.keys():
-            others = named(source.tensors, expected.stored)
+        sources = {name: tensor.shape for name, tensor in source.tensors.items()}
+        found = named(sources, expected.shapes, expected.tied)
+        in_files = {name: part.shape for name, part in expected.stored.items()}
+        if found.unplaced and in_files.keys() != expected.shapes.keys():
+            spare = [name for name, part in expected.stored.items() if part.whole in expected.tied]
+            others = named(sources, in_files, spare)
             self.as_stored = len(others.unplaced) < len(found.unplaced)
             found = others if self.as_stored else found
-        extra = [name for name in found.unplaced if expected.is_ignored(name)]
-        unplaced = [name for name in found.unplaced if name not in extra]
+        if found.rivals:
+            raise UnplacedTensors(self._rivals_message(*found.rivals))
+        extra: dict[str, str] = {}
+        for name, place in found.unplaced.items():
+            if expected.is_ignored(place) and place not in expected.shapes:
+                extra.setdefault(place, name)
+        ignored = set(extra.values())
+        unplaced = [name for name in found.unplaced if name not in ignored]
         if unplaced and strict:
             raise UnplacedTensors(self._unplaced_message(unplaced, found))
+        if found.passed and found.passed[1] in unplaced:
+            taken, passed = found.passed
+            self.notes.append(f"'{taken}' is taken and not '{passed}', as more of those with its prefix have a place")
         self.tensors = {place: source.tensors[name] for name, place in found.names.items()}
-        self.extra = {name: source.tensors[name] for name in extra}
-        self.renamed = {name: place for name, place in found.names.items() if name != place}
+        self.extra = {place: source.tensors[name] for place, name in extra.items()}
+        places = {**found.names} | {name: place for place, name in extra.items()}
+        self.renamed = {name: place for name, place in places.items() if name != place}
         if found.recomputed:
             self.left_out["buffers, which are computed anew wherever the model runs"] = found.recomputed
         if unplaced:
             self.left_out["tensors that the model has no place for"] = tuple(unplaced)
+
+    def _rivals_message(self, one: str, other: str) -> str:
+        return (
+            f"'{self.source.path}' holds '{one}' and '{other}', which fit the same place of the model that its config "
+            f"describes, and so do others beside them: which of the two models is meant can't be told. Save it alone"
+        )
 
     def _unplaced_message(self, unplaced: Sequence[str], found: Named) -> str:
         near = get_close_matches(unplaced[0], self.expected.shapes, n=1, cutoff=0.5)
@@ -129,32 +152,50 @@ class Placing:
 
     def ensure_not_quantised(self) -> None:
         """A config that was copied from a quantised base says that the weights are, and they are not any more."""
-        if self.quantised is None:
-            return
-        kept = next((name for name, tensor in self.tensors.items() if tensor.dtype not in FLOATS), None)
-        if kept is not None:
+        integers = {self._as_placed(name) for name in self.expected.integers}
+        quantised = (name for name, one in self.tensors.items() if one.dtype not in FLOATS and name not in integers)
+        kept = next(quantised, None)
+        if kept is not None and self.quantised is not None:
             raise Refused(
                 f"'{kept}' in '{self.source.path}' is quantised (by {self.quantised}), and weights in 16 bit are "
                 f"converted: {AS_IT_IS}"
             )
-        self.notes.append(f"config.json says no more that the weights are quantised (by {self.quantised}): they aren't")
+        if kept is not None:
+            raise Refused(
+                f"'{kept}' in '{self.source.path}' is {self.tensors[kept].dtype}, and config.json says nothing of a "
+                f"quantisation: no engine would know what its numbers stand for. Convert what it was made from"
+            )
+        if self.quantised is not None:
+            self.notes.append(
+                f"config.json says no more that the weights are quantised (by {self.quantised}): they aren't"
+            )
 
-    def settle_tied(self) -> None:
-        """One weight of two names is written once where both are equal bit for bit, else as two."""
-        for name, first in self.tied.items():
-            mine, other = self.tensors.get(name), self.tensors.get(first)
-            if mine is None:
-                continue
-            if other is None:
-                self.tensors[first] = self.tensors.pop(name)
-            elif same_bits(mine, other):
+    def settle_tied(self, dtype: str | None = None) -> None:
+        """Weights of two names are written once where all such pairs are equal bit for bit, as they will be written;
+        else each as two, for the config can only say it of all. `dtype`: what floats are rounded to, if they are.
+        """
+        pairs = {name: first for name, first in self.tied.items() if name in self.tensors}
+        for name, first in pairs.items():
+            self.tensors.setdefault(first, self.tensors[name])
+        both = [(pair, self.tensors[pair[0]], self.tensors[pair[1]]) for pair in pairs.items()]
+        unequal = next((pair for pair, mine, other in both if not same_bits(mine, other, dtype)), None)
+        if unequal is None:
+            for name in pairs:
                 del self.tensors[name]
-            else:
-                self.config.update(untied(self.config))
-                self.notes.append(
-                    f"'{name}' and '{first}' are one weight by the config, and two that differ in the checkpoint: both "
-                    f"are written, and config.json says tie_word_embeddings false"
-                )
+            return
+        for name, first in self.tied.items():
+            if first in self.tensors:
+                self.tensors.setdefault(name, self.tensors[first])
+        name, first = unequal
+        note = (
+            f"'{name}' and '{first}' are one weight by the config, and two that differ in the checkpoint: both are "
+            f"written"
+        )
+        if self.config.get("model_type") in _ALWAYS_TIED:
+            self.notes.append(note)
+            return
+        self.config.update(untied(self.config))
+        self.notes.append(f"{note}, and config.json says tie_word_embeddings false")
 
     def ensure_all_there(self) -> None:
         tied, tables = self.tied, self.tables
@@ -174,12 +215,12 @@ class Placing:
                     f"the model that it was trained from with --like"
                 )
 
-    def settle_vocabulary(self, tokens: int | None) -> None:
+    def settle_vocabulary(self, tokens: int | None, *, trained: bool = True) -> None:
         tables = {name: self.tensors[name] for name in sorted(self.tables) if name in self.tensors}
         if not tables:
             return
         said = self.shapes[next(iter(tables))][0]
-        vocabulary = settled({name: tensor.shape[0] for name, tensor in tables.items()}, said, tokens)
+        vocabulary = settled({name: tensor.shape[0] for name, tensor in tables.items()}, said, tokens, trained=trained)
         if vocabulary.note is not None:
             self.notes.append(vocabulary.note)
         for name, tensor in tables.items():
@@ -191,18 +232,28 @@ class Placing:
         """By the names that files have, in the order of the model: one expert, say, of the many that are one tensor."""
         if self.as_stored:
             return {**self.tensors, **self.extra}
-        parts: dict[str, list[tuple[str, Part]]] = {}
-        for name, part in self.expected.stored.items():
-            parts.setdefault(part.whole, []).append((name, part))
         cut: dict[str, SourceTensor] = {}
+        parts = self._parts()
         for whole, tensor in self.tensors.items():
             for name, part in parts.get(whole, [(whole, Part(whole, 0, tensor.shape))]):
                 is_whole = math.prod(part.shape) == math.prod(self.expected.shapes[whole])
                 cut[name] = tensor if is_whole else PartOf(tensor, part.begin, part.shape)
-        new = {name: whole for name, part in self.expected.stored.items() if (whole := part.whole) != name}
-        if new and cut.keys() != self.tensors.keys():
+        if cut.keys() != self.tensors.keys():
             self._rename_as_stored(parts)
         return {**cut, **self.extra}
+
+    def _parts(self) -> dict[str, list[tuple[str, Part]]]:
+        """What files hold for each tensor, by its name; of those alone that are in them wholly, and as they are."""
+        parts: dict[str, list[tuple[str, Part]]] = {}
+        for name, part in self.expected.stored.items():
+            if part.whole is not None:
+                parts.setdefault(part.whole, []).append((name, part))
+        shapes = self.expected.shapes
+        return {
+            whole: cut
+            for whole, cut in parts.items()
+            if sum(math.prod(part.shape) for _, part in cut) == math.prod(shapes[whole])
+        }
 
     def _rename_as_stored(self, parts: Mapping[str, Sequence[tuple[str, Part]]]) -> None:
         for source, place in [(name, self.renamed.get(name, name)) for name in self.source.tensors]:

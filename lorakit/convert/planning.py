@@ -82,12 +82,14 @@ def plan_convert(
     config: Mapping[str, Any],
     *,
     tokens: int | None = None,
+    trained: bool = True,
     dtype: str = "keep",
     quantise: str | None = None,
     max_shard_size: int = MAX_SHARD,
     strict: bool = True,
 ) -> ConvertPlan:
-    """Say what becomes of every tensor.
+    """Say what becomes of every tensor. `tokens`: how many the tokenizer has, and with `trained` it is that which the
+    model was trained with.
 
     Raises:
         UnplacedTensors: the model has no place for a tensor; names them, and the nearest names there are.
@@ -97,10 +99,10 @@ def plan_convert(
     placing = Placing(source, expected, dict(config))
     placing.place(strict=strict)
     placing.ensure_not_quantised()
-    placing.settle_tied()
-    placing.ensure_all_there()
-    placing.settle_vocabulary(tokens)
     wanted = DTYPES.get(dtype)
+    placing.settle_tied(wanted)
+    placing.ensure_all_there()
+    placing.settle_vocabulary(tokens, trained=trained)
     planned = [
         PlannedTensor(name, kept, tensor, ((name, kept, tensor.shape),))
         for name, tensor in placing.cut_as_stored().items()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from lorakit.errors import Conflict
 from lorakit.files.folders import FileState, file_state
 from lorakit.files.safetensors import StoredTensor
-from lorakit.files.tensors import load_range
+from lorakit.files.tensors import FLOATS, load_range, torch_dtype
 from lorakit.files.torch_tensors import StoredTorchTensor, as_stored, load_torch_range
 
 if TYPE_CHECKING:
@@ -126,19 +126,25 @@ def numel(tensor: SourceTensor) -> int:
     return math.prod(tensor.shape)
 
 
-def same_bits(one: SourceTensor, other: SourceTensor) -> bool:
-    """Whether two tensors are equal bit for bit; compared in blocks, or not at all where they are the same bytes."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def same_bits(one: SourceTensor, other: SourceTensor, dtype: str | None = None) -> bool:
+    """Whether two tensors are equal bit for bit, as floats of `dtype` if that is given; compared in blocks, or not at
+    all where they are the same bytes.
+    """
+    if one is other:
+        return True
+    rounds = dtype is not None and {one.dtype, other.dtype} <= FLOATS - {"F64"}
+    if one.shape != other.shape or (one.dtype != other.dtype and not rounds):
         return False
     if isinstance(one, CopiedTensor) and isinstance(other, CopiedTensor):
         runs = one.byte_runs()
-        if runs is not None and runs == other.byte_runs():
+        if runs is not None and one.dtype == other.dtype and runs == other.byte_runs():
             return True
     import torch
 
     for begin in range(0, numel(one), COMPARED):
-        end = min(begin + COMPARED, numel(one))
-        mine, theirs = one.read(begin, end), other.read(begin, end)
+        mine, theirs = (tensor.read(begin, min(begin + COMPARED, numel(one))) for tensor in (one, other))
+        if dtype is not None and rounds:
+            mine, theirs = mine.to(torch_dtype(dtype)), theirs.to(torch_dtype(dtype))
         if not torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)):
             return False
     return True

@@ -13,6 +13,7 @@ from lorakit.adapters.reading import WEIGHTS, load_adapter
 from lorakit.checkpoints.finished import NO_PERMISSION, QUIET, Look, look_at
 from lorakit.checkpoints.places import LocalPlace
 from lorakit.checkpoints.writers import folder_written_by
+from lorakit.convert.adapters.convert import without_cure
 from lorakit.convert.adapters.pickled import PICKLED
 from lorakit.convert.check import Check, check_adapter, check_numbers
 from lorakit.convert.whole_model import check_model
@@ -61,7 +62,7 @@ class Judgement:
     @property
     def open_questions(self) -> tuple[str, ...]:
         """Why it is not known."""
-        return tuple(f"{each.reason}: {each.cure}" for each in self.checks if each.ok is None and each.cure)
+        return tuple(question for check in self.checks if (question := check.question))
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -148,9 +149,8 @@ def _adapter(look: Look, base: str | None, max_rank: int | None, *, ask_hub: boo
     checks = [check for check in checks if check.name not in said]
     if numbers.all_zero and look.state != "finished":  # some writers make a file in its full size, and fill it then
         checks.append(Check("filled", None, "all its numbers are zero", LATER))
-    plain = adapter if verdict.plain is None else verdict.plain
     return Judgement(
-        path, look.kind, look.writer, (*checks, *verdict.checks), verdict.repairs, plain.rank, len(plain.deltas),
+        path, look.kind, look.writer, (*checks, *verdict.checks), verdict.repairs, verdict.rank, verdict.modules,
         verdict.applied, adapter.base if base is None else base,
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def _base_for(adapter: Adapter, given: str | None, *, ask_hub: bool) -> tuple[Ba
         named = base_named_by([adapter])
         found = open_base(named) if ask_hub else read_base(_here(named))
     except LorakitError as error:
-        return None, Check("base", None, str(error).removesuffix(": name it with --base"), "name it with --base")
+        return None, Check("base", None, without_cure(error), "name it with --base")
     return found, Check("base", True, named)
 
 

@@ -19,18 +19,19 @@ class Vocabulary:
     note: str | None = None
 
 
-def settled(found: Mapping[str, int], said: int, tokens: int | None) -> Vocabulary:
+def settled(found: Mapping[str, int], said: int, tokens: int | None, *, trained: bool = True) -> Vocabulary:
     """`found`: the rows of each table; `said`: the config's vocab_size; `tokens`: the tokenizer's, if that is known.
 
-    What was trained stays. Rows beyond the config's that no token has are padding, and are cut off; with more tokens
-    than the config knows, the config follows.
+    What was trained stays. Rows beyond the config's that no token has are padding, and are cut off, if the tokenizer is
+    that which was `trained` with: another one does not know the tokens that were added. Else the config follows.
 
     Raises:
         WrongBase: embedding and output head have different numbers of rows.
         Refused: tokens have no row.
     """
     sizes = set(found.values())
-    if len(sizes) > 1 and not (tokens is not None and min(sizes) >= said >= tokens):
+    is_padded = trained and tokens is not None and min(sizes) >= said >= tokens
+    if len(sizes) > 1 and not is_padded:
         listed = ", ".join(f"'{name}' has {rows}" for name, rows in found.items())
         raise WrongBase(f"the tables of the vocabulary differ ({listed}): look at how the model was resized")
     rows = min(sizes)
@@ -43,7 +44,7 @@ def settled(found: Mapping[str, int], said: int, tokens: int | None) -> Vocabula
             f"the tokenizer has {tokens} tokens, and the checkpoint rows for {rows} (config.json says {said}): name "
             f"the folder with the tokenizer that it was trained with by --like, or leave it out with --only model"
         )
-    if tokens is not None and tokens <= said <= rows:
+    if is_padded:
         note = f"the vocabulary is cut from {max(sizes)} to {said} rows: those beyond are padding, no token has them"
         return Vocabulary(said, note)
     note = f"vocab_size in config.json becomes {rows}, as the checkpoint has so many rows; it was {said}"
@@ -66,7 +67,8 @@ def tokens_of(file: Path) -> int | None:
     said = read_json(file)
     model = said.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids: list[Any] = [entry.get("id") for entry in said.get("added_tokens") or [] if isinstance(entry, dict)]
+    added = said.get("added_tokens")
+    ids: list[Any] = [entry.get("id") for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
     if isinstance(vocabulary, dict):
         ids += vocabulary.values()
     elif isinstance(vocabulary, list):

@@ -20,6 +20,7 @@ from lorakit.convert.planning import ConvertPlan, PlannedTensor, Shard
 from lorakit.convert.source import ByteRun, CopiedTensor, numel
 from lorakit.errors import NotFound, Refused
 from lorakit.files.folders import copy_range, write_all
+from lorakit.files.safetensors import StoredTensor
 from lorakit.files.tensors import tensor_bytes, torch_dtype
 from lorakit.merge.execute import COPY_BLOCK, Meter, Progress, worker_count
 
@@ -118,7 +119,9 @@ class _Output:
         """What has to be done for a tensor, in pieces that any thread may do at any time."""
         source = tensor.source
         if quantiser is not None and tensor.is_quantised:
-            yield partial(self._quantise, tensor, quantiser)
+            rows, columns = source.shape
+            for first in range(0, rows, step := max(1, BLOCK // columns)):
+                yield partial(self._quantise, tensor, quantiser, first, min(first + step, rows))
             return
         start = self.shard.target.tensors[tensor.name].start
         runs = source.byte_runs() if isinstance(source, CopiedTensor) and source.dtype == tensor.dtype else None
@@ -146,14 +149,23 @@ class _Output:
         write_all(self.writer, tensor_bytes(rounded), offset)
         self.meter.add(rounded.nbytes)
 
-    def _quantise(self, tensor: PlannedTensor, quantiser: Quantiser) -> None:
-        """In one piece: a scale is that of a whole row."""
+    def _quantise(self, tensor: PlannedTensor, quantiser: Quantiser, first: int, last: int) -> None:
+        """Rows [first, last): a scale is of one row, or of a part of it."""
         self.meter.add(0)
         _one_thread()
-        weight = tensor.source.read(0, numel(tensor.source)).reshape(tensor.source.shape)
+        rows, columns = tensor.source.shape
+        weight = tensor.source.read(first * columns, last * columns).reshape(last - first, columns)
         for name, part in quantiser.quantise(tensor.name, tensor.dtype, weight).items():
-            write_all(self.writer, tensor_bytes(part), self.shard.target.tensors[name].start)
-            self.meter.add(part.nbytes)
+            target = self.shard.target.tensors[name]
+            if name.endswith("_shape"):  # of the whole, and not of these rows
+                if first == 0:
+                    self._fill(target, 0, part.new_tensor([rows, columns]))
+            else:
+                self._fill(target, target.nbytes // rows * first, part)
+
+    def _fill(self, target: StoredTensor, offset: int, part: torch.Tensor) -> None:
+        write_all(self.writer, tensor_bytes(part), target.start + offset)
+        self.meter.add(part.nbytes)
 
 
 def _one_thread() -> None:

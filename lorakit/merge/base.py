@@ -50,8 +50,17 @@ class BaseModel:
 
         From samples: the whole of a large model takes minutes to read.
         """
-        parts = [sampled_digest(self.folder / "config.json"), *(sampled_digest(shard.file) for shard in self.shards)]
+        parts = [sampled_digest(self.folder / "config.json"), *self._sampled]
         return f"{self.model_type}-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]}"
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """As `identity`, whatever its config says."""
+        return hashlib.sha256("".join(self._sampled).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _sampled(self) -> list[str]:
+        return [sampled_digest(shard.file) for shard in self.shards]
 
     @property
     def model_type(self) -> str:

@@ -53,8 +53,10 @@ class Companion:
             target.write_text(self.text, encoding="utf-8")
 
 
-def plan_companions(base: Path, adapters: Sequence[Path]) -> tuple[Companion, ...]:
-    """Which files come along, and from where. `config.json` is apart: see `write_config`."""
+def plan_companions(base: Path, adapters: Sequence[Path], code: Path | None = None) -> tuple[Companion, ...]:
+    """Which files come along, and from where; Python's from `code`, if that is not the base. `config.json` is apart:
+    see `write_config`.
+    """
     grouped = {name for names in (TOKENIZER, CHAT_TEMPLATE, *GROUPS) for name in _matching(base, names)}
     chosen = [Companion(name, base / name) for name in _matching(base, ALSO_FROM_BASE) if name not in grouped]
     tokenizer = next((folder for folder in adapters if (folder / "tokenizer_config.json").is_file()), base)
@@ -62,7 +64,7 @@ def plan_companions(base: Path, adapters: Sequence[Path]) -> tuple[Companion, ..
     chosen += _chat_template(base, adapters, tokenizer)
     for group in GROUPS:
         chosen += _files(next((folder for folder in adapters if _matching(folder, group)), base), group)
-    chosen += _custom_code(base, tokenizer)
+    chosen += _custom_code(code or base, tokenizer)
     return tuple(sorted(chosen, key=lambda companion: companion.name))
 
 
@@ -91,15 +93,17 @@ def _templates_inside(folder: Path) -> dict[str, str]:
     template = _read_if_there(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, str):
         return {"chat_template.jinja": template}
-    named = {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else {}
+    entries = [entry for entry in template if isinstance(entry, dict)] if isinstance(template, list) else []
+    named = [(entry.get("name"), entry.get("template")) for entry in entries]
     return {
         "chat_template.jinja" if name == "default" else f"additional_chat_templates/{Path(name).name}.jinja": text
-        for name, text in named.items()
+        for name, text in named
+        if isinstance(name, str) and isinstance(text, str)
     }
 
 
 def _custom_code(base: Path, tokenizer: Path) -> list[Companion]:
-    """The base's Python files; the tokenizer's folder adds what its own config names and the base lacks."""
+    """The Python files of the base; the tokenizer's folder adds what its own config names and the base lacks."""
     code = {name: base / name for name in _matching(base, ("*.py",))}
     for name in _modules_named(tokenizer / "tokenizer_config.json"):
         if (tokenizer / name).is_file() and name not in code:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.keys import Key, base_path, parse_key
-from lorakit.adapters.trained import rows_of
+from lorakit.adapters.trained import rows_of, spellings_of
 from lorakit.errors import InvalidFile, UnsupportedAdapter
 from lorakit.files.safetensors import StoredTensor
 from lorakit.files.tensors import load_tensor, same_bytes
@@ -84,7 +84,7 @@ class OtherTensors:
         missing += [
             f"modules_to_save, and no tensor of '{module}'"
             for module in raw.get("modules_to_save") or ()
-            if not any(f".{module}." in name for name in names)
+            if not any(f".{other}." in name for other in spellings_of(module) for name in names)
         ]
         missing += self._missing_parameters(raw.get("target_parameters") or ())
         if missing:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorakit.adapters.module_names import ensure_quick
 from lorakit.errors import InvalidFile, UnsupportedAdapter, WrongBase
 from lorakit.files.safetensors import StoredTensor
 from lorakit.files.tensors import load_tensor, same_bytes
@@ -80,6 +81,16 @@ class Layer:
     kind: Kind
     shape: tuple[int, ...]
     has_bias: bool = False
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What PEFT takes for regular expressions, with its field."""
+    for key in ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"):
+        if isinstance(config.get(key), str):
+            yield key, config[key]
+    for key in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+        if isinstance(config.get(key), dict | list):
+            yield from ((key, str(pattern)) for pattern in config[key])
 
 
 def peft_type_of(config: Mapping[str, Any]) -> str:
@@ -303,6 +314,8 @@ class PeftLayers:
                 f"{self._label} can't be merged: its config says {extra[0]}={self._raw[extra[0]]!r}, which "
                 f"PEFT {__version__} does not know: update PEFT"
             )
+        for key, pattern in _patterns(self._raw):
+            ensure_quick(pattern, f"{self._label}, {key}")
         try:
             with _quiet_and_reproducible():
                 config = kind(**{key: value for key, value in self._raw.items() if key in known})

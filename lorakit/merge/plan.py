@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 SHOWN = 8  # how many tensors an error names
+WITHOUT_THEM = "go on without them with --no-strict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,5 +175,5 @@ def _listed(unplaced: Sequence[str], most: int = SHOWN) -> str:
 def _unplaced_message(base: BaseModel, unplaced: Sequence[str]) -> str:
     return (
         f"{len(unplaced)} adapter tensors have no place in base '{base.reference}'{_listed(unplaced)}\n"
-        f"Name the base they were trained on with --base, or go on without them with --no-strict"
+        f"Name the base they were trained on with --base, or {WITHOUT_THEM}"
     )

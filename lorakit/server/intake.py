@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit.adapters.config import canonical
@@ -18,6 +20,8 @@ from lorakit.files.folders import copy_file, read_json, write_json
 from lorakit.files.provenance import FILE, write_provenance
 from lorakit.files.safetensors import read_header
 from lorakit.merge.base import BaseModel
+from lorakit.server.templates import own_templates
+from lorakit.server.tokenizers import foreign_tokens
 from lorakit.store.catalog import Finish, Label, Revision
 from lorakit.store.store import Source, Store
 
@@ -46,10 +50,12 @@ def why_never_served(look: Look) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What went into the store; `finish` is None when the same content was there and only its facts are new."""
+    """What went into the store; `finish` is None when the same content was there and only its facts are new. `seconds`
+    it took, by phase: copy, check."""
 
     revision: Revision
     finish: Finish | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def take_in(
@@ -66,6 +72,7 @@ def take_in(
         Incomplete: it was written again while it was copied.
         Refused: with the reason and the cure.
     """
+    began = time.monotonic()
     facts = read_facts(look.path, step)
     with store.staging() as staged:
         try:
@@ -77,22 +84,30 @@ def take_in(
             raise Incomplete(f"'{look.path}' went away or was written again while it was copied") from None
         if look_at(look.path).signature != look.signature:
             raise Incomplete(f"'{look.path}' was written again while it was copied")
+        if foreign := foreign_tokens(look.path, base.folder):
+            raise Refused(foreign, cause="tokenizer")
+        for name, text in own_templates(look.path, base.folder).items():
+            (staged / name).write_text(text, encoding="utf-8")
+        copied = time.monotonic()
         adapter = load_adapter(staged)
         verdict = check_adapter(adapter, base, max_rank=max_rank)
-        problems = list(verdict.problems) + _bad_numbers(staged, certain=look.state == "finished")
+        numbers = _bad_numbers(staged, certain=look.state == "finished")
+        problems = [*verdict.problems, *verdict.open_questions, *numbers]
         if problems:
-            raise Refused("; ".join(problems))
-        rank = adapter.rank
+            wrong = next((check.name for check in verdict.checks if check.problem or check.question), "finite")
+            raise Refused("; ".join(problems), cause=wrong)
         if verdict.repairs:
-            rank = _repair(verdict, staged)
+            _repair(verdict, staged)
+        checked = time.monotonic()
         write_provenance(staged, "store", parents=[{"path": str(look.path)}], settings={}, repaired=verdict.repairs)
         digest, _, size = store.keep(staged)
     revision, finish = store.add(
-        run, kind, digest, facts, rank=rank, size=size, path=str(look.path),
+        run, kind, digest, facts, rank=max(1, verdict.rank), size=size, path=str(look.path),
         source=Source(look.signature, look.weights_signature), repaired="; ".join(verdict.repairs) or None,
         finished=finished, late=late,
     )  # fmt: skip
-    return Taken(revision, finish)
+    seconds = {"copy": copied - began + time.monotonic() - checked, "check": checked - copied}
+    return Taken(revision, finish, seconds)
 
 
 def _bad_numbers(staged: Path, *, certain: bool) -> list[str]:
@@ -105,8 +120,8 @@ def _bad_numbers(staged: Path, *, certain: bool) -> list[str]:
     return []
 
 
-def _repair(verdict: Verdict, staged: Path) -> int:
-    """Write the same change in the form that every vLLM reads, in place of what was copied; gives its rank."""
+def _repair(verdict: Verdict, staged: Path) -> None:
+    """Write the same change in the form that every vLLM reads, in place of what was copied."""
     assert verdict.plain is not None
     beside = staged / "repaired"
     beside.mkdir()
@@ -114,4 +129,3 @@ def _repair(verdict: Verdict, staged: Path) -> int:
     for name in (WEIGHTS, CONFIG):
         (beside / name).replace(staged / name)
     beside.rmdir()
-    return max(1, verdict.plain.rank)

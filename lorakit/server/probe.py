@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.reading import load_adapter
-from lorakit.convert.answers import Check
+from lorakit.convert.answers import MERGE, Check
 from lorakit.errors import EngineFailed, LorakitError
 from lorakit.server.vllm import (
+    Installed,
     allowed_rank,
     environment,
     installed,
@@ -37,6 +38,8 @@ LENGTH = 24  # tokens of it, or as many others where there is no tokenizer
 TOLERANCES = {"float32": 5e-3, "float16": 5e-2, "bfloat16": 2e-1}  # of a logprob
 SHARE = 0.25  # of what the adapter changes: an engine that is further off serves another adapter, or none
 PATIENCE = 600.0  # seconds for the engine to start
+
+_NO_CAUSE = ("See root cause above", "See stack trace above")  # which vLLM logs last
 
 Logprobs = Sequence[float]
 
@@ -62,17 +65,19 @@ class Compared:
 
     def answer(self) -> Check:
         tolerance = TOLERANCES.get(self.dtype, TOLERANCES["bfloat16"])
-        said = f"the adapter changes logprobs by up to {self.change:.3g}, vLLM is off by up to {self.distance:.2g}"
+        off = f"vLLM is off by up to {self.distance:.2g}"
+        said = f"the adapter changes logprobs by up to {self.change:.3g}, {off}, in {self.dtype}"
         if self.distance > max(tolerance, SHARE * self.change):
             cure = "report it with the versions of vLLM and PEFT; until then merge it (lorakit merge), and serve that"
             return Check("probe", False, said, cure)
         if self.change <= 2 * tolerance:
             return Check("probe", None, f"{said}: too little to tell an adapter that is served from one that is not")
-        return Check("probe", True, f"{said}, in {self.dtype}")
+        return Check("probe", True, said)
 
 
 def probe(adapter: Path, served: Path, base: str, *, max_rank: int | None = None, extra: Sequence[str] = ()) -> Check:
-    """Ask both, and say whether they agree.
+    """Ask both, and say whether they agree, in the dtype that the base is stored in. An engine that refuses the adapter
+    is an answer, too.
 
     Args:
         adapter: what PEFT loads.
@@ -80,18 +85,22 @@ def probe(adapter: Path, served: Path, base: str, *, max_rank: int | None = None
         base: a folder or hub id, for both.
         max_rank: what the engine allows; None for as much as the adapter has.
         extra: arguments for vLLM.
-
-    Raises:
-        EngineFailed: vLLM is missing, or does not start.
     """
+    try:
+        found = installed()
+    except EngineFailed as error:
+        reason, _, cure = str(error).partition(": ")
+        return Check("probe", None, reason, cure or None)
     tokens = _tokens(base)
-    rank = allowed_rank(max(1, load_adapter(served).rank) if max_rank is None else max_rank)
-    engine = _ask_engine(served, base, rank, tokens, extra)
     try:
         of_base, of_peft, dtype = _ask_peft(adapter, base, tokens)
     except (LorakitError, ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         return Check("probe", None, f"transformers and PEFT can't run it here: {error}", "install lorakit[train]")
-    return Compared(of_base, of_peft, engine, dtype).answer()
+    loaded = load_adapter(served)
+    rank = allowed_rank(max(1, loaded.rank, loaded.config.rank) if max_rank is None else max_rank)
+    # left to itself vLLM takes a float32 base in 16 bit
+    of_engine = _ask_engine(found, served, base, rank, tokens, ["--dtype", dtype, *extra])
+    return of_engine if isinstance(of_engine, Check) else Compared(of_base, of_peft, of_engine, dtype).answer()
 
 
 def _tokens(base: str) -> list[int]:
@@ -105,10 +114,28 @@ def _tokens(base: str) -> list[int]:
     return [int(token) for token in found][:LENGTH]
 
 
-def _ask_engine(served: Path, base: str, rank: int, tokens: Sequence[int], extra: Sequence[str]) -> list[float]:
+def _ask_engine(
+    found: Installed, served: Path, base: str, rank: int, tokens: Sequence[int], extra: Sequence[str]
+) -> list[float] | Check:
+    """Its logprobs, or what it says instead."""
     import httpx
 
-    found = installed()
+    try:
+        return _logprobs_of_engine(found, served, base, rank, tokens, extra)
+    except TimeoutError as error:
+        return Check("probe", None, str(error), "ask for it where the base loads faster")
+    except EngineFailed as error:
+        return Check("probe", False, str(error), MERGE)
+    except httpx.HTTPError as error:
+        return Check("probe", False, f"vLLM started with the adapter, and gave no answer: {error!r}", MERGE)
+
+
+def _logprobs_of_engine(
+    found: Installed, served: Path, base: str, rank: int, tokens: Sequence[int], extra: Sequence[str]
+) -> list[float]:
+    """Raises EngineFailed, TimeoutError, httpx.HTTPError."""
+    import httpx
+
     with tempfile.TemporaryDirectory(prefix="lorakit-probe-") as place:
         address, log = os.path.join(place, "s"), Path(place) / "log"
         command = plain_command(
@@ -151,16 +178,24 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait(place: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until it listens, which it does once its model is loaded."""
+    """Until it listens, which it does once its model is loaded.
+
+    Raises:
+        EngineFailed: it ended.
+        TimeoutError: it does neither.
+    """
     ends = time.monotonic() + PATIENCE
     while time.monotonic() < ends and process.poll() is None:
         with socket.socket(socket.AF_UNIX) as knock, suppress(OSError):
             knock.connect(place)
             return
         time.sleep(0.2)
+    if process.poll() is None:
+        raise TimeoutError(f"vLLM was not up after {PATIENCE:.0f} seconds")
     lines = log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if "Error" in line]
-    said = (errors or lines or ["nothing"])[-1]
+    causes = [line for line in errors if not any(words in line for words in _NO_CAUSE)]
+    said = (causes or errors or lines or ["nothing"])[-1]
     raise EngineFailed(f"vLLM did not start with the adapter; its log says: {said}")
 
 

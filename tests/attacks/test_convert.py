@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import lorakit
-from lorakit.errors import LorakitError
+from lorakit.errors import InvalidFile, LorakitError
 from lorakit.files.folders import read_json
 from tests.models import load, make_base
 
@@ -71,6 +71,9 @@ def bins(folder: Path, value: Any) -> None:
     torch.save(value, folder / "pytorch_model.bin")
 
 
+SWIN = {"model_type": "swin", "architectures": ["SwinModel"]}
+MUSICGEN = {"model_type": "musicgen_decoder", "architectures": ["MusicgenForCausalLM"]}
+
 ATTACKS: dict[str, Callable[[Path, Path], object]] = {
     "a pickle that runs a command": lambda folder, canary: bins(folder, {"model.norm.weight": Runs(canary)}),
     "a pickle without a tensor": lambda folder, canary: (
@@ -91,6 +94,10 @@ ATTACKS: dict[str, Callable[[Path, Path], object]] = {
     "a config without end": lambda folder, _: configure(folder, num_hidden_layers=10**9),
     "a config of another size": lambda folder, _: configure(folder, hidden_size=-96),
     "a config that is no object": lambda folder, _: (folder / "config.json").write_text("[" * 100_000),
+    "a config that is a list": lambda folder, _: (folder / "config.json").write_text("[]"),
+    "depths without end": lambda folder, _: configure(folder, **SWIN, depths=[2, 10**9, 2]),
+    "codebooks without end": lambda folder, _: configure(folder, **MUSICGEN, num_codebooks=10**9),
+    "layers upon layers": lambda folder, _: configure(folder, text_config={"num_hidden_layers": [10**9]}),
     "a class of ours": lambda folder, _: configure(folder, architectures=["__builtins__"], model_type="ours"),
 }
 
@@ -110,3 +117,49 @@ def test_it_is_refused_and_leaves_nothing(tmp_path: Path, base: Path, canary: Pa
         lorakit.convert(folder, tmp_path / "out")
     assert str(tmp_path) in str(refused.value) or "transformers has no model of type" in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: shard(folder, b" " * 64, claimed=200_000_000),
+        lambda folder: shard(folder, entry(dtype="F31"), bytes(16)),
+        lambda folder: shard(folder, entry(data_offsets=[4, 20]), bytes(20)),
+        lambda folder: (folder / "config.json").write_text("[]"),
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {'),
+    ],
+    ids=["header", "dtype", "overlap", "config", "index"],
+)
+def test_damage_is_not_taken_for_something_that_is_still_being_written(
+    tmp_path: Path, base: Path, damage: Callable[[Path], object]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    save_file(dict(load(base).state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    damage(folder)
+    with pytest.raises(InvalidFile, match="copy it again"):
+        lorakit.convert(folder, tmp_path / "out")
+
+
+def aliases(level: int, name: str) -> str:
+    """Each line is ten times the one before, and all are one object."""
+    lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x,x]"]
+    lines += [f"a{one}: &a{one} [{','.join([f'*a{one - 1}'] * 10)}]" for one in range(1, level)]
+    return "\n".join([*lines, f"{name}: *a{level - 1}", ""])
+
+
+@pytest.mark.parametrize("name", ["name", "mlp_class_name", "n_head"])
+def test_settings_that_are_a_thousand_times_as_long_as_their_file_are_not_written_out(
+    tmp_path: Path, base: Path, name: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    torch.save({"transformer.h.0.attn.qkv.weight": torch.zeros(64, 32)}, folder / "lit_model.pth")
+    said = {"n_head": "4", "n_query_groups": "2", "head_size": "8", "mlp_class_name": "LLaMAMLP"}
+    plain = "".join(f"{key}: {value}\n" for key, value in said.items() if key != name)
+    (folder / "model_config.yaml").write_text(aliases(9, name) + plain)
+    with pytest.raises(LorakitError) as refused:
+        lorakit.convert(folder, tmp_path / "out")
+    assert len(str(refused.value)) < 3000

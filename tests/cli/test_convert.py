@@ -163,13 +163,39 @@ def test_an_adapter_is_written_as_vllm_serves_it(capsys: Capture, like: Path, tm
     assert (ended.code, ended.out) == (0, f"{out}\n"), ended
     assert lorakit(capsys, "check", out, "--base", like).code == 0
     assert not json.loads((out / "adapter_config.json").read_text()).get("use_rslora")
+    assert ended.err.endswith("; exact\n")
 
 
-def test_what_is_of_models_alone_is_not_asked_of_an_adapter(capsys: Capture, like: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--quantize", "fp8"], "merge it first"),
+        (["--no-strict"], "--no-strict is for whole models"),
+        (["--workers", "2"], "--workers is for whole models"),
+        (["--max-shard-size", "1GB"], "--max-shard-size is for whole models"),
+    ],
+)
+def test_what_is_of_models_alone_is_not_asked_of_an_adapter(
+    capsys: Capture, like: Path, tmp_path: Path, asked: list[str], said: str
+) -> None:
     adapter = make_adapter(tmp_path / "adapter", like, target_modules=["q_proj"])
-    ended = lorakit(capsys, "convert", adapter, "--base", like, "--out", tmp_path / "out", "--quantize", "fp8")
+    ended = lorakit(capsys, "convert", adapter, "--base", like, "--out", tmp_path / "out", *asked)
     assert ended.code == 2
-    assert "merge it first" in ended.err
+    assert said in ended.err
+
+
+@pytest.mark.parametrize("wrong", [{"r": None}, {"r": "4"}, {"lora_alpha": float("nan")}, {"lora_alpha": 10**400}])
+def test_a_config_that_is_whole_and_wrong_is_not_waited_for(
+    capsys: Capture, like: Path, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", like, target_modules=["q_proj"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | wrong))
+    ended = lorakit(capsys, "convert", adapter, "--base", like, "--out", tmp_path / "out", "--json")
+    found = json.loads(ended.out)["error"]
+    assert (ended.code, found["type"]) == (4, "InvalidFile")
+    assert f"{next(iter(wrong))} is " in found["message"]
+    assert len(found["message"]) < 300
 
 
 def test_help_has_an_example_and_costs_no_torch(tmp_path: Path) -> None:

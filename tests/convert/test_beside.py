@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorakit.convert.beside import chosen, find_beside
+from lorakit.convert.vocabulary import tokens_of
 from lorakit.errors import Refused
 from tests.server.real import make_tiny_model
 
@@ -73,3 +74,39 @@ def test_the_parts_are_the_tokenizers_and_the_rest(like: Path) -> None:
     tokenizers = {one.name for one in chosen(every, ["tokenizer"])}
     assert tokenizers == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {one.name for one in chosen(every, ["model", "tokenizer"])} == {one.name for one in every}
+
+
+def test_settings_of_other_programs_are_no_config_of_a_model(like: Path, tmp_path: Path) -> None:
+    own = write(tmp_path / "run", "config.json", lr=0.001, model="x")
+    assert find_beside(own, like).config["model_type"] == "llama"
+    with pytest.raises(Refused, match="says a model_type"):
+        find_beside(own, None)
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_code_comes_from_where_the_config_comes_that_names_it(like: Path, tmp_path: Path, theirs: bool) -> None:
+    own = write(tmp_path / "own", "config.json", model_type="ours", auto_map={"AutoModel": "modeling_ours.Ours"})
+    base = write(tmp_path / "base", "config.json", **json.loads((like / "config.json").read_text()))
+    (own / "modeling_ours.py").write_text("own = 1")
+    if theirs:
+        (base / "modeling_ours.py").write_text("another = 1")
+    assert sources(own, base)["modeling_ours.py"] == own
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tokenizer.json", {"added_tokens": 5}),
+        ("tokenizer.json", {"added_tokens": [5], "model": []}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "x"}, 3, {"name": ["y"], "template": "z"}]}),
+        ("tokenizer_config.json", {"eos_token": {"content": {"a": 1}}}),
+    ],
+)
+def test_what_a_tokenizer_should_not_say_is_no_obstacle(like: Path, tmp_path: Path, name: str, said: Any) -> None:
+    own = tmp_path / "own"
+    AutoTokenizer.from_pretrained(like).save_pretrained(own)
+    (own / "chat_template.jinja").unlink()
+    write(own, name, **said)
+    beside = find_beside(own, like)
+    assert beside.tokenizer == own / "tokenizer.json"
+    assert tokens_of(own / "tokenizer.json") in (None, 256, 259)

@@ -85,6 +85,16 @@ def test_swapped_sizes_are_refused(tmp_path: Path, base: BaseModel) -> None:
     assert "another base" in only(verdict(tmp_path, base, factors({"model.layers.0.mlp.up_proj": (8, 12)})))
 
 
+def test_a_part_of_what_the_base_has_in_one_piece_is_not_called_another_bases(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    q = next(name for name in tensors if name.endswith("0.self_attn.q_proj.weight"))
+    tensors[q.replace("q_proj", "qkv_proj")] = np.concatenate([tensors.pop(q)] * 3)
+    base = read_base(write_base(tmp_path / "fused", tensors))
+    problem = only(verdict(tmp_path, base, factors({Q: (8, 8)})))
+    assert "in one piece with others, as 'model.layers.0.self_attn.qkv_proj.weight'" in problem
+    assert "another base" not in problem
+
+
 @pytest.mark.parametrize("module", ["model.layers.9.self_attn.q_proj", "model.layers.0.self_attn.qkv", "visual.q_proj"])
 def test_a_module_that_the_base_lacks_is_refused_and_named(tmp_path: Path, base: BaseModel, module: str) -> None:
     problem = only(verdict(tmp_path, base, factors({module: (8, 8), Q: (8, 8)})))

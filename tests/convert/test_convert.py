@@ -212,9 +212,19 @@ def test_rows_that_are_padding_are_cut(tmp_path: Path, like: Path) -> None:
     model = load(like)
     want = logits(model)
     model.resize_token_embeddings(320, mean_resizing=False)
-    report = lorakit.convert(saved(tmp_path / "step.pt", model.state_dict()), tmp_path / "out", like)
+    AutoTokenizer.from_pretrained(like).save_pretrained(tmp_path / "run")
+    report = lorakit.convert(saved(tmp_path / "run" / "step.pt", model.state_dict()), tmp_path / "out", like)
     assert any("cut from 320 to 259 rows" in note for note in report.notes)
     assert torch.equal(logits(load(tmp_path / "out")), want)
+
+
+def test_rows_are_not_cut_on_the_word_of_another_tokenizer(tmp_path: Path, like: Path) -> None:
+    """Of the tokens that were added in the training, that of the model it began with knows none."""
+    model = load(like)
+    model.resize_token_embeddings(320, mean_resizing=False)
+    report = lorakit.convert(saved(tmp_path / "step.pt", model.state_dict()), tmp_path / "out", like)
+    assert any("vocab_size in config.json becomes 320" in note for note in report.notes)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(model))
 
 
 def test_rotary_buffers_are_left_out_and_listed(tmp_path: Path, like: Path, trained: State) -> None:
@@ -316,6 +326,34 @@ def test_the_moving_average_is_a_model_too(tmp_path: Path, like: Path, trained: 
     assert torch.equal(logits(load(tmp_path / "out")), logits_of(like, average))
 
 
+def test_a_tokenizer_alone_has_to_be_there_and_is_written_as_it_is(tmp_path: Path, trained: State) -> None:
+    base = make_base(tmp_path / "base")
+    with pytest.raises(Refused, match="there is no tokenizer beside"):
+        lorakit.convert(base, tmp_path / "out", only=["tokenizer"])
+    for settings in ({"dtype": "bf16"}, {"quantize": "int8"}):
+        with pytest.raises(UsageError, match="the tokenizer alone"):
+            lorakit.convert(base, tmp_path / "out", only=["tokenizer"], **settings)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_named_is_meant_and_not_the_adapter_beside_it(
+    tmp_path: Path, like: Path, trained: State
+) -> None:
+    file = saved(tmp_path / "run" / "full.pt", trained)
+    (file.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}, file.parent / "adapter_model.safetensors")
+    assert lorakit.convert(file, tmp_path / "out", like).kind == "model"
+    assert torch.equal(logits(load(tmp_path / "out")), logits_of(like, trained))
+
+
+def test_settings_of_other_programs_do_not_become_the_models_config(tmp_path: Path, like: Path, trained: State) -> None:
+    file = saved(tmp_path / "project" / "run" / "step.pt", trained)
+    for folder in (file.parent, file.parent.parent):
+        (folder / "config.json").write_text('{"lr": 0.001, "model": "x"}')
+    lorakit.convert(file, tmp_path / "out", like)
+    assert torch.equal(logits(load(tmp_path / "out")), logits_of(like, trained))
+
+
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_a_part_is_written_alone(tmp_path: Path, like: Path, trained: State, part: str) -> None:
     report = lorakit.convert(saved(tmp_path / "step.pt", trained), tmp_path / "out", like, only=[part])
@@ -411,7 +449,7 @@ def test_arguments_that_contradict_each_other_are_told(tmp_path: Path, like: Pat
     file = saved(tmp_path / "step.pt", trained)
     wrong: list[dict[str, Any]] = [
         {"dtype": "int3"}, {"weights": "best"}, {"only": ["head"]}, {"only": []}, {"workers": 0}, {"rank": 3},
-        {"weights": "ema"}, {"out": None},
+        {"weights": "ema"}, {"out": None}, {"max_shard_size": 0}, {"max_shard_size": "0GB"},
     ]  # fmt: skip
     for settings in wrong:
         with pytest.raises(UsageError):

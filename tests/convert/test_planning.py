@@ -32,7 +32,8 @@ def plan_of(tensors: dict[str, Shaped], **settings: object) -> ConvertPlan:
     held: dict[str, SourceTensor] = {f"module.{name}": one for name, one in tensors.items()}  # type: ignore[misc]
     source = Source(Path("nowhere"), "torch", held, {}, None, {})
     config = {"dtype": "float16", "vision_config": {"torch_dtype": "float16"}}
-    return plan_convert(source, Expected(shapes, {}, stored), config, **settings)  # type: ignore[arg-type]
+    integers = frozenset(name for name, one in tensors.items() if one.dtype == "I64")
+    return plan_convert(source, Expected(shapes, {}, stored, integers=integers), config, **settings)  # type: ignore[arg-type]
 
 
 SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=12)

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from lorakit.convert.adapters.convert import convert_adapter
 from lorakit.convert.verdict import judge
 from lorakit.errors import Refused
-from tests.convert.test_adapter import in_one_piece, of_method, with_raw_names, without_prefix
+from tests.convert.adapters.test_convert import in_one_piece, of_method, with_raw_names, without_prefix
 from tests.merge.kinds import Kind, edit_config, make_kind, on_disk, open_model, rename_tensors, unmerged
 from tests.server.real import PROMPTS, ask, plain_vllm
 
@@ -194,7 +194,21 @@ ROWS: Mapping[str, Row] = {
     "bdlora": Row("refused", "refused", "nothing", lora(), edited(use_bdlora={"nblocks": 2})),
     "qalora": Row("refused", "repaired", "exact", Kind({**SETTINGS, "target_modules": ["q_proj", "v_proj"]}, group=4)),
     "a head to save": Row("refused", "refused", "near", lora(modules_to_save=["lm_head"])),
-    "trained rows": Row("refused", "repaired", "exact", lora(trainable_token_indices=[104, 101, 108])),
+    "trained rows": Row("refused", "repaired", "exact", lora(trainable_token_indices=[71, 68, 108])),
+    "trained rows of a head": Row(
+        "refused", "repaired", "exact", lora(trainable_token_indices={"lm_head": [104, 101, 108]})
+    ),
+    "trained rows of both sides": Row(
+        "refused", "repaired", "exact", lora(trainable_token_indices={"embed_tokens": [71, 101], "lm_head": [108, 9]})
+    ),
+    "trained rows alone": Row(
+        "refused", "repaired", "exact",
+        make=by_method(peft.TrainableTokensConfig(token_indices=[71, 68, 108], target_modules=["embed_tokens"])),
+    ),
+    "target_parameters of linear layers": Row(
+        "right", "repaired", "exact", lora(target_modules=["v_proj"], target_parameters=["q_proj.weight"])
+    ),
+    "a norm to save": Row("refused", "refused", "nothing", lora(modules_to_save=["norm"])),
     "copies of the base's tables": Row("refused", "repaired", "exact", lora(), None),
     "a resized embedding": Row("wrong", "refused", "nothing", lora(), changed(resized_embedding)),
     "rows beyond the vocabulary": Row(

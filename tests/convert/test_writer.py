@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -123,3 +124,25 @@ def test_a_source_that_changes_meanwhile_stops_the_work(
         (tmp_path / "source.safetensors").write_bytes(b"")
     with pytest.raises(error):
         written(plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "w4a16"])
+def test_a_matrix_that_is_quantised_in_blocks_of_rows_is_that_which_is_quantised_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The oracle is the library, given the whole matrix."""
+    from lorakit.merge.quantised import Quantiser
+
+    monkeypatch.setattr(writer, "BLOCK", 1000)
+    torch.manual_seed(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = {name: torch.randn(37, 128).bfloat16()}
+    plan = plan_of(tmp_path, tensors)
+    (planned,) = plan.shards[0].tensors
+    quantiser = Quantiser.of(kind, {}, planned.written)
+    planned = replace(planned, written=tuple(quantiser.planned(name, "BF16", (37, 128)) or ()))
+    found = written(ConvertPlan(_shards([planned], 1 << 40), {}, {}, {}, quantiser), tmp_path / "out")
+    whole = quantiser.quantise(name, "BF16", tensors[name])
+    assert found.keys() == whole.keys()
+    for part, tensor in whole.items():
+        assert torch.equal(found[part].view(torch.uint8), tensor.view(torch.uint8)), part

@@ -38,3 +38,17 @@ def test_anything_else_is_refused(tmp_path: Path, content: str, refusal: str) ->
 def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_name_stands_for_what_it_was_given_to(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &one {b: 1}\nc: *one\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": {"b": 1}, "c": {"b": 1}}
+
+
+@pytest.mark.timeout(20)
+def test_mappings_that_take_in_one_another_are_refused(tmp_path: Path) -> None:
+    """Ten lines would be ten billion entries."""
+    lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{','.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10))]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    with pytest.raises(InvalidFile, match="takes in others"):
+        read_yaml(tmp_path / "a.yaml")

@@ -66,6 +66,17 @@ def test_what_is_kept_is_the_same_weights_with_word_of_where_they_came_from(
     assert revision.repaired is None
 
 
+def test_a_base_that_may_be_another_is_refused_with_what_settles_it(
+    store: Store, base: BaseModel, tmp_path: Path
+) -> None:
+    folder = put_adapter(tmp_path / "a")
+    parent = {"kind": "base", "identity": f"{base.model_type}-0123456789abcdef", "path": "/gone"}
+    (folder / "lorakit.json").write_text(json.dumps({"parents": [parent]}))
+    with pytest.raises(Refused, match=r"another dtype, or another model: .*lorakit convert ADAPTER --base BASE"):
+        take(store, base, folder)
+    assert_nothing_left(store)
+
+
 def test_the_order_of_names_in_a_config_makes_no_other_content(store: Store, base: BaseModel, tmp_path: Path) -> None:
     one, two = put_adapter(tmp_path / "one"), put_adapter(tmp_path / "two")
     config = json.loads((two / "adapter_config.json").read_text())

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from lorakit.convert.adapters.convert import convert_adapter
+from lorakit.convert.answers import Check
 from lorakit.errors import EngineFailed
 from lorakit.server import probe
 from lorakit.server.probe import Compared
@@ -37,14 +39,50 @@ def test_an_adapter_that_changes_next_to_nothing_tells_nothing() -> None:
     assert said((-5.1, -4.0, -3.0), (-5.1, -4.0, -3.0), "bfloat16") is None
 
 
-def test_an_engine_that_ends_at_once_is_told_with_its_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, materials: tuple[Path, list[Path]]
+ENDS = """
+import sys
+print("ValueError: no such thing")
+print("RuntimeError: Engine core initialization failed. See root cause above.")
+sys.exit(1)
+"""
+HANGS_UP = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    listening.listen()
+    for _ in range(9):
+        listening.accept()[0].close()
+"""
+
+
+@pytest.mark.parametrize(("program", "said"), [(ENDS, "ValueError: no such thing"), (HANGS_UP, "gave no answer")])
+def test_an_engine_that_refuses_the_adapter_is_an_answer_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, materials: tuple[Path, list[Path]], program: str, said: str
 ) -> None:
-    command = [sys.executable, "-c", "raise ValueError('no such thing')"]
-    monkeypatch.setattr(probe, "plain_command", lambda *_, **__: command)
+    asked: list[dict[str, Any]] = []
+
+    def command(*_: object, **settings: Any) -> list[str]:
+        asked.append(settings)
+        return [sys.executable, "-c", program, settings["socket"]]
+
+    monkeypatch.setattr(probe, "plain_command", command)
     base, adapters = materials
-    with pytest.raises(EngineFailed, match="no such thing"):
-        probe.probe(adapters[0], adapters[0], str(base))
+    found = probe.probe(adapters[0], adapters[0], str(base))
+    assert (found.name, found.ok) == ("probe", False)
+    assert said in str(found.reason)
+    assert "lorakit merge" in str(found.cure)
+    assert (asked[0]["extra"], asked[0]["rank"]) == (["--dtype", "float32"], 8)
+
+
+def test_without_vllm_the_rest_of_the_verdict_stays(
+    monkeypatch: pytest.MonkeyPatch, materials: tuple[Path, list[Path]]
+) -> None:
+    def missing() -> NoReturn:
+        raise EngineFailed("vLLM is not installed: pip install it")
+
+    monkeypatch.setattr(probe, "installed", missing)
+    found = probe.probe(materials[1][0], materials[1][0], str(materials[0]))
+    assert found == Check("probe", None, "vLLM is not installed", "pip install it")
 
 
 def probed(adapter: Path, base: Path, *more: str) -> tuple[int, dict[str, object]]:

@@ -8,7 +8,7 @@ import peft
 import pytest
 from transformers import AutoTokenizer
 
-from tests.convert.test_adapter import of_method
+from tests.convert.adapters.test_convert import of_method
 from tests.convert.test_vllm_rows import greedy, lora
 from tests.merge.kinds import make_kind, open_model, unmerged
 from tests.server.real import PROMPTS, ask, serving

@@ -5,6 +5,7 @@ Exact wherever the change that it makes is of low rank; else near it, when that 
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +17,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.config import read_config
+from lorakit.adapters.keys import parse_key
 from lorakit.adapters.reading import WEIGHTS, load_adapter
 from lorakit.adapters.writing import write_adapter_files
 from lorakit.checkpoints.finished import look_at
 from lorakit.convert.adapters.pickled import PICKLED, as_safetensors
+from lorakit.convert.answers import MERGE
 from lorakit.convert.check import Verdict, check_adapter, check_numbers
 from lorakit.convert.readers.adapters import LITGPT, as_peft, is_foreign
 from lorakit.convert.report import ConvertReport
-from lorakit.errors import LorakitError, Refused, UsageError
+from lorakit.errors import LorakitError, Refused, UnplacedTensors, UsageError
 from lorakit.files.digests import file_digest
 from lorakit.files.finite import look_at_numbers
 from lorakit.files.folders import copy_file, refuse_existing, whole_folder
@@ -31,6 +35,7 @@ from lorakit.files.provenance import write_provenance
 from lorakit.files.safetensors import read_header
 from lorakit.merge.base import BaseModel, base_named_by
 from lorakit.merge.fetch import open_base, with_values
+from lorakit.merge.plan import WITHOUT_THEM
 
 if TYPE_CHECKING:
     from lorakit.adapters.report import MixReport
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 DEFAULT_RANK = 64
 CONFIG = "adapter_config.json"
 _WORK = ".work"
+_NAME_IT = re.compile(": name [a-z ]+ with --base$")
 # What low-rank factors may be near to; what is for another base is near to nothing.
 _APPROXIMABLE = frozenset({"features", "tensors", "rank"})
 
@@ -48,12 +54,13 @@ Judge = Callable[[Adapter], Verdict]
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What is to be written, and how near it is: None where it is exact."""
+    """What is to be written, and how near it is: 0 where it is exact. `as_it_is`: the file itself, copied."""
 
     adapter: Adapter
     verdict: Verdict
-    error: float | None = None
+    error: float = 0.0
     notes: tuple[str, ...] = ()
+    as_it_is: bool = False
 
 
 def convert_adapter(
@@ -100,8 +107,13 @@ def convert_adapter(
             _require_finite(folder)
             largest = max_rank if rank is None else rank
             judge = partial(_verdict, base=model, max_rank=largest, engine=target)
-            made = _made(adapter, model, folder, largest, work, judge, approximate=approximate or rank is not None)
-            if made.verdict.stacked:
+            verdict = judge(adapter)
+            near = approximate or rank is not None
+            if target == "peft" and not near and _is_peft_alone(verdict, adapter):
+                made = _copied(adapter, verdict)
+            else:
+                made = _made(adapter, verdict, model, folder, largest, work, judge, approximate=near)
+            if made.as_it_is:
                 _copy(folder, beside, target)
             else:
                 _write(_with_base(made, model), target, model, beside)
@@ -110,14 +122,15 @@ def convert_adapter(
                 model.ensure_unchanged()
         settings = {"target": target, "max_rank": max_rank, "rank": rank, "approximate": approximate}
         report = _report(made, path, out, written_by, beside)
-        notes = tuple(note.replace(str(folder), str(path)) for note in (*report.notes, *notes))
+        notes = (*report.notes, *notes, *_of_open_questions(verdict))
+        notes = tuple(note.replace(str(folder), str(path)) for note in notes)
         seconds = time.monotonic() - begun
         report = replace(report, dry_run=dry_run, settings=settings, notes=notes, seconds=seconds)
         parents = [{"kind": "adapter", "path": str(path.resolve()), "sha256": _digest(adapter, folder, path)}]
         shutil.rmtree(work)
         write_provenance(
             beside, "convert", [*parents, *_base_parent(model)], settings, steps=list(made.verdict.repairs),
-            truncation_error=made.error or 0.0, report=report.as_dict(),
+            truncation_error=made.error, report=report.as_dict(),
         )  # fmt: skip
     return report
 
@@ -156,6 +169,7 @@ def in_peft_layout(path: Path, place: Path) -> tuple[Path, str]:
         as_peft(path, place)
         return place, str(look_at(path).writer)
     if any((path / name).is_file() for name in PICKLED):
+        read_config(path)
         as_safetensors(path, place)
         return place, "peft, pickled"
     return path, "peft"  # which says what is missing
@@ -168,8 +182,12 @@ def _base_of(adapter: Adapter, base: str | None) -> tuple[BaseModel | None, tupl
     try:
         return open_base(base_named_by([adapter])), ()
     except LorakitError as error:
-        reason = str(error).removesuffix(": name it with --base")
-        return None, (f"names and sizes are not compared with any base: {reason}",)
+        return None, (f"names and sizes are not compared with any base: {without_cure(error)}",)
+
+
+def without_cure(error: LorakitError) -> str:
+    """Why the base that an adapter names is not at hand; that one can name it is said by whoever tells."""
+    return _NAME_IT.sub("", str(error))
 
 
 def _require_finite(folder: Path) -> None:
@@ -178,18 +196,41 @@ def _require_finite(folder: Path) -> None:
         raise Refused(problem)
 
 
+def _is_peft_alone(verdict: Verdict, adapter: Adapter) -> bool:
+    """Whether it is right for its base, has more than plain LoRA, and is named as PEFT names it."""
+    if _wrong(verdict) != {"features"}:
+        return False
+    names = (parse_key(name) for name in read_header(adapter.files()[0].file).tensors)
+    return adapter.config.peft_type != "LORA" or all(
+        key.adapter is None and key.name.startswith("base_model.model.") for key in names
+    )
+
+
+def _copied(adapter: Adapter, verdict: Verdict) -> _Made:
+    (first, *_) = (check.reason for check in verdict.checks if check.ok is False)
+    return _Made(adapter, verdict, notes=(f"copied as it is, as PEFT loads it: {first}",), as_it_is=True)
+
+
+def _wrong(verdict: Verdict) -> set[str]:
+    return {check.name for check in verdict.checks if check.ok is False}
+
+
+def _of_open_questions(verdict: Verdict) -> tuple[str, ...]:
+    """Whether it is the right base, where that is not known."""
+    return tuple(str(check.reason) for check in verdict.checks if check.name == "base" and check.ok is None)
+
+
 def _made(
-    adapter: Adapter, model: BaseModel | None, folder: Path, largest: int | None, work: Path, judge: Judge,
-    *, approximate: bool,
+    adapter: Adapter, verdict: Verdict, model: BaseModel | None, folder: Path, largest: int | None, work: Path,
+    judge: Judge, *, approximate: bool,
 ) -> _Made:  # fmt: skip
-    verdict = judge(adapter)
-    wrong = {check.name for check in verdict.checks if check.ok is False}
+    wrong = _wrong(verdict)
     unknown = [check for check in verdict.checks if check.ok is None and check.name in ("features", "tensors")]
     if unknown:
         raise Refused(f"'{folder}': {unknown[0].reason}: name its base with --base")
     if not wrong and verdict.plain is not None:
-        return _Made(verdict.plain, verdict)
-    if not approximate or not wrong <= _APPROXIMABLE or verdict.plain is None:
+        return _Made(verdict.plain, verdict, as_it_is=bool(verdict.stacked))
+    if not approximate or not wrong <= _APPROXIMABLE or verdict.plain is None or verdict.stacked:
         raise Refused("; ".join(verdict.problems))
     rank = largest or DEFAULT_RANK
     if wrong == {"rank"}:
@@ -220,17 +261,25 @@ def _extracted(folder: Path, model: BaseModel, rank: int, work: Path, judge: Jud
     """The change that merging it would make, as plain LoRA of that rank.
 
     Raises:
-        Refused: it can't be merged either; or what is found is on layers that are not served.
+        Refused: it can't be merged either; or a part of it is no low-rank change, or on layers that are not served.
     """
     from lorakit.mix.extraction.extract import extract
 
     near = work / "near"
-    report: ExtractReport = extract(folder, model.reference, near, rank=rank, own_ranks=False)
+    try:
+        report: ExtractReport = extract(folder, model.reference, near, rank=rank, own_ranks=False)
+    except UnplacedTensors as unplaced:
+        raise UnplacedTensors(str(unplaced).removesuffix(f", or {WITHOUT_THEM}")) from None
+    error = report.relative_error
+    if report.lost or error is None:
+        first, more = report.lost[0], f", and {len(report.lost) - 1} more" if len(report.lost) > 1 else ""
+        reason = f"it changes '{first.tensor}' ({first.reason}){more}, which no low-rank factors carry"
+        raise Refused(f"{reason}: {MERGE}")
     verdict = judge(load_adapter(near))
     if verdict.problems or verdict.plain is None:
         raise Refused("; ".join(verdict.problems))
-    said = f"its change at rank {rank}, which lacks {report.relative_error:.2e} of it"
-    return _Made(verdict.plain, verdict, report.relative_error, (said, *report.notes))
+    said = f"its change at rank {rank}, which lacks {error:.2e} of it"
+    return _Made(verdict.plain, verdict, error, (said, *report.notes))
 
 
 def _with_base(made: _Made, model: BaseModel | None) -> _Made:
@@ -265,10 +314,11 @@ def _report(made: _Made, path: Path, out: Path | None, written_by: str, folder: 
     written = read_header(weights).tensors if weights.is_file() else {}
     copies = {"copies of the base's own tensors": made.verdict.copies} if made.verdict.copies else {}
     return ConvertReport(
-        path, out, "adapter", written_by, tensors=len(written) or 2 * len(made.adapter.deltas), dtype="fp32",
+        path, out, "adapter", written_by, tensors=len(written) or 2 * len(made.adapter.deltas),
+        dtype="keep" if made.as_it_is else "fp32",
         nbytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
-        renamed=made.verdict.rename, left_out=copies, error=made.error or 0.0,
-        notes=(*made.verdict.repairs, *made.notes),
+        renamed={} if made.as_it_is else made.verdict.rename,
+        left_out={} if made.as_it_is else copies, error=made.error, notes=(*made.verdict.repairs, *made.notes),
     )  # fmt: skip
 
 
@@ -285,4 +335,5 @@ def _base_parent(model: BaseModel | None) -> list[dict[str, Any]]:
     if model is None or model.remote is not None:
         return []
     path = str(model.folder.absolute())
-    return [{"kind": "base", "path": path, "reference": model.reference, "identity": model.identity}]
+    said = {"path": path, "reference": model.reference, "identity": model.identity, "weights": model.weights_digest}
+    return [{"kind": "base", **said}]

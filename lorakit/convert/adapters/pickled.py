@@ -5,6 +5,7 @@ No pickle runs: tensors are byte ranges of the file, and are copied as such.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from lorakit.files.folders import copy_file, write_all
 from lorakit.files.safetensors import planned_header
 from lorakit.files.tensors import tensor_bytes
 from lorakit.files.torch_file import StoredTorchTensor, read_torch_file
-from lorakit.files.torch_tensors import load_torch_tensor
+from lorakit.files.torch_tensors import load_torch_range
 
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
+ELEMENTS = 1 << 22  # that are in memory at once
 
 
 def as_safetensors(path: Path, place: Path) -> None:
@@ -39,5 +41,7 @@ def as_safetensors(path: Path, place: Path) -> None:
         os.truncate(stream.fileno(), header.size)
         write_all(stream.fileno(), head, 0)
         for name, tensor in found.items():
-            loaded = load_torch_tensor(name, tensor).contiguous()
-            write_all(stream.fileno(), tensor_bytes(loaded), header.tensors[name].start)
+            start, count = header.tensors[name].start, math.prod(tensor.shape)
+            for begin in range(0, count, ELEMENTS):
+                block = load_torch_range(name, tensor, begin, min(begin + ELEMENTS, count))
+                write_all(stream.fileno(), tensor_bytes(block), start + begin * tensor.itemsize)

@@ -13,17 +13,18 @@ from lorakit.adapters.as_lora import NEEDS_SHAPES, NOT_APPROXIMATED
 from lorakit.adapters.config import AdapterConfig, beyond_plain_lora
 from lorakit.adapters.delta import Delta, Made
 from lorakit.adapters.keys import base_path, is_base_copy, parse_key
-from lorakit.adapters.trained import Rows, trained_of
+from lorakit.adapters.trained import CLASSIFIERS, Rows, spellings_of, trained_of
 from lorakit.convert.adapters.regrouped import regrouped
 from lorakit.convert.adapters.served_layers import STACKED_EXPERTS, architecture_of
 from lorakit.convert.adapters.token_rows import on_embedding, on_head, row_changes
 from lorakit.convert.answers import MERGE, NEAR, OTHER_BASE, PEFT, Check
+from lorakit.convert.targets import target_named
 from lorakit.errors import InvalidFile, Refused, UnsupportedAdapter, WrongBase
 from lorakit.files.safetensors import StoredTensor
 from lorakit.merge.base import BaseModel
 from lorakit.merge.copies import equal_values
 from lorakit.merge.features import REPRODUCIBLE
-from lorakit.merge.layers import input_embedding, is_transposed
+from lorakit.merge.layers import HEADS, input_embedding, is_transposed, layer_of
 from lorakit.merge.model import Model, model_for
 from lorakit.merge.resolve import Resolver, copied_from_base
 from lorakit.mix.opened import opened
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _IGNORED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # by vLLM, which refuses other tables
 _KEPT = ("revision", "task_type", "ensure_weight_tying")  # of a config, as all else is in the factors then
 _CONVERSION = "save it anew with PEFT's path_initial_model_for_weight_conversion, which makes it plain"
+_CLASSIFIER = f"{MERGE}; its base is the classifier that was trained, which holds one, not the language model"
 _CURES: Mapping[str, str] = {
     **dict.fromkeys(("use_dora", "modules_to_save"), NEAR),
     **dict.fromkeys(("alora_invocation_tokens", "kasa_config", "arrow_config", "use_bdlora"), PEFT),
@@ -46,14 +48,19 @@ class PlainForm:
     the tensors that equal the base's, which it does without.
 
     With `obstacles` it is what is left without them. `stacked`: there are factors of all experts at once besides, which
-    vLLM takes as they are, and which nothing here can write anew.
+    vLLM takes as they are, and which nothing here can write anew; by their modules.
     """
 
     adapter: Adapter
     steps: tuple[str, ...] = ()
     obstacles: tuple[Check, ...] = ()
     copies: tuple[str, ...] = ()
-    stacked: bool = False
+    stacked: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest of any module, of stacks too."""
+        return max(self.adapter.rank, self.adapter.config.rank if self.stacked else 0)
 
 
 @dataclass(slots=True)
@@ -62,11 +69,12 @@ class _Work:
 
     deltas: dict[str, Delta]
     features: dict[str, str]
+    engine: str
     steps: list[str] = field(default_factory=list)
     obstacles: list[Check] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)  # tensors that equal the base's
     unknown: list[str] = field(default_factory=list)  # tensors that nothing explains
-    stacked: bool = False
+    stacked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +99,21 @@ def view_of(base: BaseModel) -> BaseView:
     return BaseView(model, Resolver(model.tensors), not base.quantised or bool(model.quantised))
 
 
-def plain_form(adapter: Adapter, view: BaseView | None) -> PlainForm:
+def plain_form(adapter: Adapter, view: BaseView | None, *, engine: str = "vllm") -> PlainForm:
     """Without a base, as far as that can be said without; what needs one is an answer that is not known."""
     if adapter.config.peft_type != "LORA":
-        lora = _other_method(adapter, view)
+        lora = _other_method(adapter, view, engine)
         if isinstance(lora, Check):
             return PlainForm(adapter, (), (lora,))
-        work = _Work(dict(lora.deltas), beyond_plain_lora(lora.config))
+        work = _Work(dict(lora.deltas), beyond_plain_lora(lora.config), engine)
         work.steps.append(f"peft_type {adapter.config.peft_type}, as the plain factors that it is equal to")
     else:
-        lora, work = adapter, _Work(dict(adapter.deltas), beyond_plain_lora(adapter.config))
+        lora, work = adapter, _Work(dict(adapter.deltas), beyond_plain_lora(adapter.config), engine)
     _other_tensors(lora, view, work)
     if view is not None:
         _named_as_the_base(lora.config, view, work)
     for feature, words in work.features.items():
-        work.obstacles.append(_obstacle(lora.config, feature, words))
+        work.obstacles.append(_obstacle(lora.config, feature, words, engine))
     if work.unknown and not work.features:
         shown = ", ".join(work.unknown[:3]) + (f" and {len(work.unknown) - 3} more" if len(work.unknown) > 3 else "")
         reason = f"it holds tensors that no LoRA has ({shown}): vLLM refuses it"
@@ -115,24 +123,34 @@ def plain_form(adapter: Adapter, view: BaseView | None) -> PlainForm:
     return PlainForm(plain, tuple(work.steps), tuple(work.obstacles), tuple(work.copies), work.stacked)
 
 
-def _other_method(adapter: Adapter, view: BaseView | None) -> Adapter | Check:
+def _other_method(adapter: Adapter, view: BaseView | None, engine: str) -> Adapter | Check:
     kind = adapter.config.peft_type
+    if kind == "TRAINABLE_TOKENS":  # trained rows, and nothing else
+        return replace(adapter, config=replace(adapter.config, peft_type="LORA"))
     if view is None and kind in NEEDS_SHAPES:
         return Check("features", None, f"{kind} says what it changes with the sizes of the base", "name it with --base")
     try:
         return opened(adapter, None if view is None else view.model.base)
     except UnsupportedAdapter:
         cure = NOT_APPROXIMATED[kind][1] if kind in NOT_APPROXIMATED else NEAR
-        return Check("features", False, f"vLLM serves no adapter with peft_type {kind}", cure)
+        return Check("features", False, _not_served(engine, f"peft_type {kind}"), cure)
     except (InvalidFile, WrongBase) as error:
         return Check("readable", False, _without_folder(error, adapter), "look at what its trainer saved")
 
 
-def _obstacle(config: AdapterConfig, feature: str, words: str) -> Check:
+def _not_served(engine: str, words: str) -> str:
+    if engine == "peft":
+        return f"no plain LoRA has {words}"
+    return f"{target_named(engine).server} serves no adapter with {words}"
+
+
+def _obstacle(config: AdapterConfig, feature: str, words: str, engine: str) -> Check:
     cure = _CURES.get(feature, MERGE)
+    if feature == "modules_to_save" and set(config.raw.get(feature) or ()) & set(CLASSIFIERS):
+        cure = _CLASSIFIER
     if feature == "init_lora_weights":
         cure = NEAR if str(config.raw.get(feature)).lower() in REPRODUCIBLE else _CONVERSION
-    return Check("features", False, f"vLLM serves no adapter with {words}", cure)
+    return Check("features", False, _not_served(engine, words), cure)
 
 
 def _without_folder(error: Exception, adapter: Adapter) -> str:
@@ -166,6 +184,9 @@ def _other_tensors(adapter: Adapter, view: BaseView | None, work: _Work) -> None
         _take_rows(trained.rows, view, work)
     if pairs:
         _take_experts(adapter, pairs, view, work)
+    elif work.deltas and "target_parameters" in work.features:
+        del work.features["target_parameters"]
+        _add_step(work, "target_parameters that are weights of linear layers")
 
 
 def _take_copy(stored: StoredTensor, view: BaseView | None, work: _Work) -> None:
@@ -222,7 +243,8 @@ def _take_trained(config: AdapterConfig, tensors: list[StoredTensor], view: Base
 
 def _are_there(config: AdapterConfig, tensors: list[StoredTensor]) -> bool:
     names = [f".{base_path(stored.name)}" for stored in tensors]
-    return all(any(f".{module}." in name for name in names) for module in config.raw.get("modules_to_save") or ())
+    saved = [spellings_of(module) for module in config.raw.get("modules_to_save") or ()]
+    return all(any(f".{module}." in name for module in spellings for name in names) for spellings in saved)
 
 
 def _take_rows(rows: Mapping[str, Rows], view: BaseView | None, work: _Work) -> None:
@@ -251,7 +273,7 @@ def _row_deltas(
     view: BaseView, name: str, rows: tuple[int, ...], changes: torch.Tensor, *, apart: bool
 ) -> dict[str, Delta]:
     count, model = view.tensors[name].shape[0], view.model
-    if name == model.head:
+    if name == model.head or layer_of(name) in HEADS:
         found = {name: on_head(rows, changes, count)}
     else:
         found = {name: on_embedding(rows, changes, count)}
@@ -271,20 +293,30 @@ def _take_experts(
         reason = f"'{broken}' has no {'lora_A' if 'lora_B' in pairs[broken] else 'lora_B'}"
         work.obstacles.append(Check("tensors", False, reason, "look at what its trainer saved"))
         return
+    both = {module: (parts["lora_A"], parts["lora_B"]) for module, parts in pairs.items()}
+    if work.engine == "peft" and all(len(stored.shape) == 2 for pair in both.values() for stored in pair):
+        work.obstacles.append(Check("features", False, _not_served(work.engine, "target_parameters"), MERGE))
+        return
     if view is None:
         work.obstacles.append(Check("features", None, "its experts' factors are to be laid out as the base's experts"))
         return
-    both = {module: (parts["lora_A"], parts["lora_B"]) for module, parts in pairs.items()}
     known = adapter.config, both, view.tensors, view.resolver, adapter.files()[0].folder
     embedding = input_embedding(view.model.base)
     try:
         if architecture_of(view.model.base.config) in STACKED_EXPERTS and embedding is not None:
             require_stacked(*known, hidden=embedding.shape[1])
-            work.stacked = True
+            work.stacked = tuple(both)
             return
         found = taken_apart(*known)
-    except (UnsupportedAdapter, InvalidFile, WrongBase) as error:
+    except UnsupportedAdapter as error:
         work.obstacles.append(Check("features", False, _without_folder(error, adapter), MERGE))
+        return
+    except WrongBase as error:
+        work.obstacles.append(Check("shapes", False, _without_folder(error, adapter), OTHER_BASE))
+        return
+    except InvalidFile as error:
+        cure = "look at what its trainer saved"
+        work.obstacles.append(Check("tensors", False, _without_folder(error, adapter), cure))
         return
     work.deltas |= found
     _add_step(work, "factors of all experts at once, as those of each")
@@ -296,7 +328,7 @@ def _take_experts(
 def _named_as_the_base(config: AdapterConfig, view: BaseView, work: _Work) -> None:
     if config.raw.get("use_qalora"):
         _expand_pooled(config, view, work)
-    grouped = regrouped(work.deltas, view.tensors, view.resolver)
+    grouped = regrouped(work.deltas, view.tensors, view.resolver, view.model.base.config)
     work.deltas = grouped.deltas
     if grouped.changed:
         _add_step(work, f"layers that the base has in other pieces or by other names ('{grouped.changed[0]}')")

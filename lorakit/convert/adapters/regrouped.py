@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.delta import Delta, Made
 from lorakit.files.safetensors import StoredTensor
@@ -31,8 +31,12 @@ class Regrouped:
     changed: tuple[str, ...]
 
 
-def regrouped(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor], resolver: Resolver) -> Regrouped:
-    """Each module that the base lacks, by the layers that it has instead, where their sizes say that they are it."""
+def regrouped(
+    deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor], resolver: Resolver, config: Mapping[str, Any]
+) -> Regrouped:
+    """Each module that the base lacks, by the layers that it has instead, where their sizes say that they are it; with
+    the sizes of `config` the parts of a layer that were not trained are zeros.
+    """
     found: dict[str, Delta] = {}
     changed: list[str] = []
     for module, delta in deltas.items():
@@ -45,7 +49,7 @@ def regrouped(deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor], 
             found[name] = delta
         elif pieces := _pieces(parent, layer, delta, tensors, resolver):
             found |= pieces
-        elif whole := _whole(parent, layer, deltas, tensors, resolver):
+        elif whole := _whole(parent, layer, deltas, tensors, resolver, config):
             found |= whole
         else:
             found[module] = delta
@@ -81,17 +85,50 @@ def _rows(delta: Delta, first: int, last: int) -> Delta:
 
 
 def _whole(
-    parent: str, layer: str, deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor], resolver: Resolver
-) -> dict[str, Delta]:
-    """All pieces of one of the base's layers as one; none where one of them is missing, or they don't add up."""
+    parent: str, layer: str, deltas: Mapping[str, Delta], tensors: Mapping[str, StoredTensor], resolver: Resolver,
+    config: Mapping[str, Any],
+) -> dict[str, Delta]:  # fmt: skip
+    """All pieces of one of the base's layers as one; none where they don't add up to it."""
     for whole, pieces in WHOLES.items():
         weight = resolver.weight_of(f"{parent}.{whole}") if layer in pieces else None
-        parts = [deltas[path] for piece in pieces if (path := f"{parent}.{piece}") in deltas]
-        if weight is None or len(parts) < len(pieces):
+        if weight is None or len(tensors[weight].shape) != 2:
             continue
-        if sum(part.shape[0] for part in parts) == tensors[weight].shape[0]:
-            return {f"{parent}.{whole}": _stacked(parts)}
+        rows, into = tensors[weight].shape
+        sizes = _sizes(whole, rows, config)
+        parts = [
+            _nothing(sizes[piece], into) if delta is None and piece in sizes else delta
+            for piece in pieces
+            for delta in (deltas.get(f"{parent}.{piece}"),)
+        ]
+        there = [part for part in parts if part is not None]
+        if len(there) == len(pieces) and sum(part.shape[0] for part in there) == rows:
+            return {f"{parent}.{whole}": _stacked(there)}
     return {}
+
+
+def _sizes(whole: str, rows: int, config: Mapping[str, Any]) -> dict[str, int]:
+    """Of the pieces of a layer of so many rows; none where the config does not say them."""
+    inner = config.get("text_config")
+    config = {**config, **inner} if isinstance(inner, dict) else config
+    said = [config.get(name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")]
+    heads, groups, size, hidden = (value if isinstance(value, int) and value > 0 else None for value in said)
+    if whole == "gate_up_proj" and rows % 2 == 0:
+        found = [rows // 2] * 2
+    elif whole == "qkv_proj" and heads and (size or hidden):
+        size = size or (hidden or 0) // heads
+        found = [heads * size, (groups or heads) * size, (groups or heads) * size]
+    else:
+        return {}
+    return dict(zip(WHOLES[whole], found, strict=True)) if sum(found) == rows else {}
+
+
+def _nothing(out: int, into: int) -> Delta:
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        return torch.zeros(out, 0), torch.zeros(0, into)
+
+    return Delta((Made((out, into), make, known_rank=0),))
 
 
 def _stacked(parts: list[Delta]) -> Delta:

@@ -28,6 +28,16 @@ WITHOUT_EMBEDDINGS = frozenset({
     "Rnj1ForCausalLM", "SarvamMLAForCausalLM", "SarvamMoEForCausalLM",
 })  # fmt: skip
 
+# Their classes take no adapter at all.
+WITHOUT_ADAPTERS = frozenset({
+    "BailingMoeV2_5ForCausalLM", "BailingMoeV3ForCausalLM", "BloomForCausalLM", "Cohere2MoeForCausalLM",
+    "DbrxForCausalLM", "DeepseekV32ForCausalLM", "FalconForCausalLM", "FalconMambaForCausalLM", "GPT2LMHeadModel",
+    "GPTJForCausalLM", "Gemma3nForCausalLM", "HCXVisionV2ForCausalLM", "HrmTextForCausalLM",
+    "IQuestLoopCoderForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM", "MiMoV2FlashForCausalLM",
+    "MiMoV2ForCausalLM", "OrionForCausalLM", "StableLmForCausalLM", "Step1ForCausalLM", "Step3TextForCausalLM",
+    "Step3p5ForCausalLM", "Zamba2ForCausalLM",
+})  # fmt: skip
+
 WITHOUT_HEAD = frozenset({"Cohere2ForCausalLM", "CohereForCausalLM"})
 
 # Of these it wants the factors of all experts of a layer in one tensor, of the others each expert's own.
@@ -54,6 +64,9 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
 def not_served(deltas: Mapping[str, Delta], config: Mapping[str, Any]) -> Iterable[Check]:
     """What of these modules vLLM refuses, or leaves out in silence, in a model of that config."""
     name = architecture_of(config)
+    if name in WITHOUT_ADAPTERS:
+        yield Check("features", False, f"vLLM takes no adapter of a {name}", MERGE)
+        return
     for module, delta in deltas.items():
         is_head = layer_of(module) in HEADS
         is_table = is_head or delta.kind == "embedding"

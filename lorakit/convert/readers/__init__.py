@@ -11,6 +11,7 @@ from pathlib import Path
 from lorakit.checkpoints.places import LocalPlace
 from lorakit.checkpoints.recognise import recognise
 from lorakit.checkpoints.writers import folder_written_by
+from lorakit.convert.described import is_described
 from lorakit.convert.readers.huggingface import is_model_folder
 from lorakit.convert.source import Source
 from lorakit.errors import InvalidFile, NotFound, Refused
@@ -62,12 +63,12 @@ def _formats(path: Path) -> Iterator[tuple[str, Path]]:
         return
     names = {entry.name for entry in path.iterdir()}
     writer = found.writer if (found := recognise(path)) else None
-    if any(name.endswith(".gguf") for name in names):
-        yield "gguf", path
     if writer in ("torchtune", "litgpt"):
         yield writer, path
     if is_model_folder(path):
         yield "huggingface", path
+    if any(name.endswith(".gguf") for name in names):
+        yield "gguf", path
     if any(_OF_TORCHTUNE.fullmatch(name) for name in names):
         yield "torchtune", path
     if writer == "fsdp":
@@ -85,8 +86,10 @@ def _formats(path: Path) -> Iterator[tuple[str, Path]]:
         yield _of_deepspeed(path / name), path / name
     if (path / "pytorch_model" / "latest").is_file() or any((path / "pytorch_model").glob("*_model_states.pt")):
         yield _of_deepspeed(path / "pytorch_model"), path / "pytorch_model"
-    if any(name.endswith(".safetensors") for name in names):
+    if any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         yield "distributed", path  # of torch.distributed.checkpoint in Hugging Face's format, which has no index yet
+    elif any(name.endswith(".safetensors") for name in names):
+        yield "huggingface", path
     if writer in ("torch", "lightning"):
         yield "torch_files", path
 
@@ -117,4 +120,4 @@ def _beside(path: Path, found: Path | None) -> Path | None:
     folder = path if path.is_dir() else path.parent
     candidates = [place for place in (found, folder, folder.parent) if place is not None]
     verl = [place / "huggingface" for place in candidates[:2]]  # which keeps config and tokenizer in a folder so named
-    return next((place for place in (*candidates, *verl) if (place / "config.json").is_file()), found)
+    return next(filter(is_described, (*candidates, *verl)), found)

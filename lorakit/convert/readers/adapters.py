@@ -132,7 +132,7 @@ def _of_litgpt(folder: Path) -> _Peft:
     if len(ranks) != 1:
         raise InvalidFile(f"'{folder / LITGPT}' has factors of the ranks {sorted(ranks)}, where litgpt knows one")
     base = said.get("checkpoint_dir")
-    return _Peft(tensors, ranks.pop(), float(alpha), str(base) if base else None)
+    return _Peft(tensors, ranks.pop(), float(alpha), base if isinstance(base, str) and base else None)
 
 
 def _modules(

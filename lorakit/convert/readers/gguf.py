@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.convert.gguf_names import BUFFERS, LAYOUTS, Layout, gguf_library
+from lorakit.convert.readers.pieced import with_config
 from lorakit.convert.readers.rows import TURNED, HalvedHeads
 from lorakit.convert.readers.templates import ensure_apart, renamed
 from lorakit.convert.readers.torch_files import without_ema
@@ -108,7 +109,7 @@ def read(path: Path, *, weights: str = "model") -> Source:
             target = renamed(name, layout.names) or name
             ensure_apart([target], tensors, f"'{header.file}', or a part before it,")
             tensors[target] = _laid_out(stored, target, layout, first)
-    beside = first.file.parent if (first.file.parent / "config.json").is_file() else None
+    beside = with_config(first.file.parent)
     left_out = {"rotary embeddings, which are computed": tuple(buffers)} if buffers else {}
     notes = ("its quantised tensors are written as the float32 that they stand for",) if quantised else ()
     return Source(path, "gguf", tensors, left_out, beside, {one.file: file_state(one.file) for one in headers}, notes)

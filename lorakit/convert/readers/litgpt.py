@@ -90,7 +90,8 @@ def translated(source: Source) -> Source:
     if source.beside is None or not (source.beside / CONFIG).is_file():
         raise Refused(f"'{source.path}' has litgpt's names, and there is no {CONFIG} beside it: copy it there")
     config = read_lit_config(source.beside / CONFIG)
-    if config.raw.get("mlp_class_name") not in _LLAMA_LIKE or "falcon" in config.name.lower():
+    kind = config.raw.get("mlp_class_name")
+    if not isinstance(kind, str) or kind not in _LLAMA_LIKE or "falcon" in config.name.lower():
         raise Refused(
             f"'{source.path}' is litgpt's {config.name}, whose layers are not named as Llama's: "
             f"convert it with `litgpt convert_from_litgpt` first, whose model.pth lorakit reads"
@@ -134,4 +135,5 @@ def read_lit_config(file: Path) -> LitConfig:
     heads, groups, size = numbers
     if heads % groups:
         raise InvalidFile(f"'{file}': {heads} heads can't share {groups} groups")
-    return LitConfig(str(raw.get("name", "")), heads, groups, size, raw)
+    name = raw.get("name")
+    return LitConfig(name if isinstance(name, str) else "", heads, groups, size, raw)

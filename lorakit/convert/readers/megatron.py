@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from lorakit.convert.described import is_described
 from lorakit.convert.readers import huggingface
 from lorakit.convert.readers.torch_files import without_ema
 from lorakit.convert.source import Source
@@ -80,7 +81,7 @@ def _base_of(folder: Path) -> str | None:
     said = _found(read_yaml(file), "hf_model_id") if file.is_file() else None
     if said is not None:
         return said
-    return str(folder) if (folder / "config.json").is_file() else None
+    return str(folder) if is_described(folder) else None
 
 
 def _found(settings: Mapping[str, Any], key: str) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.convert.described import is_described
 from lorakit.convert.source import ByteRun
 from lorakit.files.pieces import Piece, read_pieces
 from lorakit.files.torch_tensors import as_stored
@@ -40,5 +41,5 @@ class PiecedTensor:
 
 
 def with_config(*folders: Path) -> Path | None:
-    """The first of the folders in which a model's config stands."""
-    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    """The first of the folders that a model's config describes."""
+    return next(filter(is_described, folders), None)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.convert.described import is_described
 from lorakit.errors import InvalidFile, Refused
 from lorakit.files.folders import read_json
 
@@ -39,7 +40,7 @@ def config_beside(folder: Path | None, needed: str) -> Mapping[str, Any]:
     Raises:
         Refused: there is none; `needed` says what for.
     """
-    if folder is None or not (folder / "config.json").is_file():
+    if folder is None or not is_described(folder):
         where = f"'{folder}'" if folder is not None else "its folder"
         raise Refused(f"{needed}, and {where} has no config.json: copy that of the base beside the weights")
     return read_json(folder / "config.json")

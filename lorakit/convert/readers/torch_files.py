@@ -5,13 +5,15 @@ The pickle in them is read, and not run: a module is walked as the names and con
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.checkpoints.whole import TORCH
 from lorakit.checkpoints.writers.torch_file import LIGHTNING
-from lorakit.checkpoints.writers.torch_keys import MODEL
+from lorakit.checkpoints.writers.torch_keys import MODEL, OPTIMIZER, SCALER, SCHEDULER, TRAINER_STATE
 from lorakit.convert.source import Source, SourceTensor, TorchTensor
 from lorakit.errors import Refused, UsageError
 from lorakit.files.folders import file_state
@@ -22,10 +24,15 @@ from lorakit.files.torch_tensors import StoredTorchTensor
 EMA = ("ema", "ema_model", "ema_state_dict", "model_ema", "ema_weights", "state_dict_ema", "shadow_params", "shadow")
 NO_WEIGHTS = "what a training resumes with: optimizer, scheduler, counters, settings"
 NO_TENSORS = "no tensors"
+COUNTERS = "counters of a moving average"
+OTHER_MODELS = "other state dicts, of which one alone is taken"
 OF_EMA = "the moving average of the weights, which --weights ema takes"
 NOT_OF_EMA = "not the moving average of the weights, which was asked for"
 _CURRENT = "current_model_state"  # beside it, Lightning's WeightAveraging has its average as the `state_dict`
 _NESTED = 3  # mappings around a state dict
+_RESUMED = frozenset((*OPTIMIZER, *SCHEDULER, *SCALER, *TRAINER_STATE))
+_COUNTERS = frozenset({"n_averaged", "num_updates", "decay", "initted", "step"})
+_OF_EMA_PYTORCH = "ema_model."  # beside it, what is trained stands under `online_model.`
 MAX_MODULES = 1_000_000
 DEEPEST = 64  # modules around a module
 
@@ -42,12 +49,12 @@ def read(path: Path, *, weights: str = "model") -> Source:
     """
     file = path if path.is_file() else _file_of_model(path)
     structure = read_torch_file(file)
-    place, chosen, left_out = _chosen(file, structure, weights)
-    tensors: dict[str, SourceTensor] = {name: TorchTensor(name, stored) for name, stored in chosen.items()}
+    chosen = _chosen(file, structure, weights)
+    tensors: dict[str, SourceTensor] = {name: TorchTensor(name, stored) for name, stored in chosen.tensors.items()}
     lightning = isinstance(structure, dict) and LIGHTNING in structure
     return Source(
-        path, "lightning" if lightning else "torch", tensors, left_out, file.parent, {file: file_state(file)},
-        (f"the weights are those of '{place}'",) if weights == "ema" else (),
+        path, "lightning" if lightning else "torch", tensors, chosen.left_out, file.parent, {file: file_state(file)},
+        chosen.notes,
     )  # fmt: skip
 
 
@@ -59,44 +66,74 @@ def without_ema(path: Path, weights: str) -> None:
 
 def _file_of_model(folder: Path) -> Path:
     files = sorted(file for file in folder.iterdir() if file.suffix in TORCH and file.is_file())
-    with_model = [file for file in files if any(_states_in(read_torch_file(file), set()))]
+    with_model = [file for file in files if any(_states_in(read_torch_file(file), set(), _is_usual))]
     if len(with_model) != 1:
         said = ", ".join(file.name for file in with_model) or "none of its torch files does"
         raise Refused(f"'{folder}' should hold one model, and these hold one: {said}: name the file")
     return with_model[0]
 
 
-def _chosen(file: Path, structure: Any, weights: str) -> tuple[str, Tensors, dict[str, tuple[str, ...]]]:
+@dataclass(frozen=True, slots=True)
+class _Chosen:
     """Where the weights stand, their tensors, and what is left out."""
-    states = dict(_states_in(structure, set()))
+
+    place: str
+    tensors: Tensors
+    left_out: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+
+def _chosen(file: Path, structure: Any, weights: str) -> _Chosen:
+    states = dict(_states_in(structure, set(), _is_usual)) or _only_state(file, structure)
     averaged = {place: state for place, state in states.items() if _is_average(place, states)}
     plain = {place: state for place, state in states.items() if place not in averaged}
-    place = _first(plain)
-    found, no_tensors = _tensors(file, plain[place]) if place is not None else ({}, [])
+    place = first = _first(plain)
+    others = {**plain, **dict(_states_in(structure, set(), _is_weights))}
+    others = {name: state for name, state in others.items() if name != first and name not in averaged}
+    found, no_tensors = _tensors(file, plain[first]) if first is not None else ({}, [])
     model, inside = _apart(found)
-    left_out: dict[str, tuple[str, ...]] = {}
+    left_out: dict[str, tuple[str, ...]] = {OTHER_MODELS: tuple(others)}
     if weights == "ema":
         place, ema = _average(file, structure, averaged, inside, model)
-        left_out[NOT_OF_EMA] = tuple(name for name in found if name not in inside) if inside else tuple(plain)
+        trained = (name for name in found if name not in inside) if inside or first is None else (first,)
+        left_out[NOT_OF_EMA] = tuple(trained)
         model = ema
     elif inside or averaged:
         left_out[OF_EMA] = (*inside, *averaged)
+    left_out[COUNTERS] = tuple(name for name in model if _is_counter(name, model[name]))
+    model = {name: stored for name, stored in model.items() if name not in left_out[COUNTERS]}
     if not model:
-        raise Refused(f"'{file}' holds no model: name the file of the weights{_offered(averaged)}")
-    if no_tensors:
-        left_out[NO_TENSORS] = tuple(no_tensors)
+        raise Refused(f"'{file}' holds no model{_offered(averaged, structure)}")
+    left_out[NO_TENSORS] = tuple(no_tensors)
     top = tuple(str(key) for key in structure) if isinstance(structure, dict) and place else ()
-    others = tuple(key for key in top if key not in {name.split("/")[0] for name in states})
-    if others:
-        left_out[NO_WEIGHTS] = others
-    return place or "the file", model, {reason: names for reason, names in left_out.items() if names}
+    left_out[NO_WEIGHTS] = tuple(key for key in top if key not in {name.split("/")[0] for name in (*states, *others)})
+    is_news = weights == "ema" or others or (place and not _is_usual(place.split("/")[0]))
+    notes = (f"the weights are those of '{place}'",) if is_news else ()
+    return _Chosen(place or "the file", model, {reason: names for reason, names in left_out.items() if names}, notes)
+
+
+def _is_usual(key: str) -> bool:
+    """Whether a state dict of a model is called so, or what holds one."""
+    return key in MODEL or key in EMA or key in (_CURRENT, "callbacks") or "EMA" in key
+
+
+def _is_weights(key: str) -> bool:
+    return key not in _RESUMED and not key.startswith("optim")
+
+
+def _only_state(file: Path, structure: Any) -> dict[str, Mapping[str, Any]]:
+    """The one state dict of a file, whatever it is called. Raises Refused when there are several."""
+    found = dict(_states_in(structure, set(), _is_weights))
+    if len(found) > 1:
+        raise Refused(f"'{file}' holds several state dicts, {', '.join(found)}: save the one that is meant alone")
+    return found
 
 
 def _states_in(
-    structure: Any, seen: set[int], place: str = "", depth: int = 0
+    structure: Any, seen: set[int], wanted: Callable[[str], bool], place: str = "", depth: int = 0
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every state dict of a model, by its keys joined with slashes; `seen` are those that were looked into, as what a
-    pickle gives may hold itself.
+    """Every state dict under keys that are wanted, by its keys joined with slashes; `seen` are those that were looked
+    into, as what a pickle gives may hold itself.
     """
     if id(structure) in seen:
         return
@@ -112,8 +149,8 @@ def _states_in(
     if depth == _NESTED:
         return
     for key, value in structure.items():
-        if isinstance(key, str) and (key in MODEL or key in EMA or key in (_CURRENT, "callbacks") or "EMA" in key):
-            yield from _states_in(value, seen, f"{place}/{key}" if place else key, depth + 1)
+        if isinstance(key, str) and wanted(key):
+            yield from _states_in(value, seen, wanted, f"{place}/{key}" if place else key, depth + 1)
 
 
 def _of_module(module: Stub) -> dict[str, Any]:
@@ -182,21 +219,50 @@ def _apart(found: Tensors) -> tuple[Tensors, Tensors]:
 def _average(
     file: Path, structure: Any, averaged: Mapping[str, Mapping[str, Any]], inside: Tensors, model: Tensors
 ) -> tuple[str, Tensors]:
-    """The averaged weights under the model's names."""
+    """The averaged weights under the model's names.
+
+    Raises:
+        UsageError: there are none.
+        Refused: there are several; or which is which tensor's can't be told.
+    """
+    if len(averaged) > 1:
+        every = ", ".join(averaged)
+        raise Refused(f"'{file}' holds several moving averages, {every}: save the one that is meant alone")
     if averaged:
-        place, state = next(iter(averaged.items()))
-        return place, _tensors(file, state)[0]
+        ((place, state),) = averaged.items()
+        found = _tensors(file, state)[0]
+        own = {name.removeprefix(_OF_EMA_PYTORCH): found[name] for name in found if name.startswith(_OF_EMA_PYTORCH)}
+        return place, own or found
     if inside:
         prefix = next(iter(inside)).partition(".")[0]
         own = {name.partition(".")[2]: stored for name, stored in inside.items() if name.startswith(f"{prefix}.")}
-        counters = ("num_updates", "decay", "n_averaged", "step", "initted")
-        return prefix, {name: stored for name, stored in own.items() if name not in counters}
+        return prefix, _with_dots(file, prefix, own, model)
     listed = _listed(structure)
     if listed is None:
         said = ", ".join(map(str, structure)) if isinstance(structure, dict) else "the weights of the model alone"
         raise UsageError(f"'{file}' has no moving average of the weights; it has {said}: leave out --weights ema")
     place, values = listed
     return place, _in_order(file, place, values, model)
+
+
+def _is_counter(name: str, stored: StoredTorchTensor) -> bool:
+    return name in _COUNTERS and math.prod(stored.shape) == 1
+
+
+def _with_dots(file: Path, prefix: str, average: Tensors, model: Tensors) -> Tensors:
+    """An average under the model's names where it has them without their dots, as a module's buffers have to (LitEma);
+    with what is not averaged, as it was not trained, from the model.
+    """
+    own = {name: stored for name, stored in average.items() if not _is_counter(name, stored)}
+    if any("." in name for name in own) or not own:
+        return average
+    parts = next(iter(model), "").split(".")
+    for end in range(len(parts)):
+        above = "".join(f"{part}." for part in parts[:end])
+        names = {name.removeprefix(above).replace(".", ""): name for name in model if name.startswith(above)}
+        if own.keys() <= names.keys():
+            return {name: own.get(short, model[name]) for short, name in names.items()}
+    raise Refused(f"'{file}': the names in '{prefix}' are not those of the model: which belongs to which can't be told")
 
 
 def _listed(structure: Any) -> tuple[str, list[StoredTorchTensor]] | None:
@@ -219,5 +285,8 @@ def _in_order(file: Path, place: str, values: list[StoredTorchTensor], model: Te
     return dict(zip(model, values, strict=True))
 
 
-def _offered(averaged: Mapping[str, Any]) -> str:
-    return f", or take '{next(iter(averaged))}' with --weights ema" if averaged else ""
+def _offered(averaged: Mapping[str, Any], structure: Any) -> str:
+    if averaged:
+        return f" but a moving average: take '{next(iter(averaged))}' with --weights ema, or name another file"
+    keys = ", ".join(map(str, structure)) if isinstance(structure, dict) else ""
+    return f"{f', only {keys}' if keys else ''}: name the file of the weights"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.config import ensure_plain
 from lorakit.adapters.writing import write_adapter_files
+from lorakit.convert.answers import MERGE
 from lorakit.convert.targets.gaps import filled_in_layers, filled_in_parts
 from lorakit.convert.targets.llama_cpp import write_gguf_adapter
 from lorakit.errors import UnsupportedAdapter, UsageError
 from lorakit.merge.base import BaseModel
-
-MERGE = "merge it into its base (lorakit merge), and serve that"
 
 
 def _peft_files(adapter: Adapter, folder: Path, base: BaseModel | None) -> None:
@@ -23,21 +23,19 @@ def _peft_files(adapter: Adapter, folder: Path, base: BaseModel | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server: `embeddings` and `biases` say whether it applies a LoRA of an embedding, and biases of lora_B; `filled`
-    gives the modules that it wants besides, as zeros.
+    """A server: `embeddings` says whether it applies a LoRA of an embedding; `filled` gives the modules that it wants
+    besides, as zeros.
     """
 
     server: str
     embeddings: bool = False
-    biases: bool = False
     filled: Callable[[Adapter, BaseModel | None], Adapter] | None = None
     write: Callable[[Adapter, Path, BaseModel | None], None] = _peft_files
 
 
 TARGETS: Mapping[str, Target] = {
-    # each vLLM takes a LoRA of an embedding, PEFT biases too
     "vllm": Target("vLLM", embeddings=True),
-    "peft": Target("PEFT", embeddings=True, biases=True),
+    "peft": Target("PEFT", embeddings=True),
     # lorax_server/adapters/lora.py: of a kind of layer all are left out where one of the model has none; what is named
     # lora_embedding_A is not looked for
     "lorax": Target("LoRAX", filled=filled_in_layers),
@@ -60,29 +58,23 @@ def target_named(name: str) -> Target:
 def write_for(name: str, adapter: Adapter, folder: Path, base: BaseModel | None = None) -> None:
     """Write `adapter` into a folder that is there, in the form that this server serves right.
 
-    Everywhere one rank, alpha = rank, and each module's scale in its B. PEFT's copies of the base's tensors go to PEFT
-    alone. The modules have the base's names; `base` is needed where something of it decides.
+    Everywhere one rank, alpha = rank, and each module's scale in its B. The modules have the base's names, but for
+    PEFT; `base` is needed where something of it decides.
 
     Raises:
         UsageError: no such server is known, or the base is needed.
-        UnsupportedAdapter: there is more in it than low-rank changes, or what that server would leave out in silence.
+        UnsupportedAdapter: there is more in it than deltas, or what that server would leave out in silence.
         Refused: llama.cpp's names of this base's tensors are not known; or an extra isn't installed.
     """
     target = target_named(name)
-    if name == "peft":
-        target.write(adapter, folder, base)
-        return
-    adapter = adapter.plain(work=f"written for {target.server}")
+    work = f"written for {target.server}"
+    ensure_plain(adapter.config, adapter.name, (stored.name for stored in adapter.others), work=work)
     embeddings = [module for module, delta in adapter.deltas.items() if delta.kind == "embedding"]
     if embeddings and not target.embeddings:
         raise UnsupportedAdapter(
             f"adapter '{adapter.name}' changes the embedding '{embeddings[0]}', which {target.server} would leave out "
             f"without a word: {MERGE}"
         )
-    if adapter.biases and not target.biases:
-        raise UnsupportedAdapter(
-            f"adapter '{adapter.name}' has biases of lora_B (lora_bias), which {target.server} does not add: {MERGE}"
-        )
     if target.filled is not None:
         adapter = target.filled(adapter, base)
-    target.write(replace(adapter, others=()), folder, base)
+    target.write(adapter, folder, base)

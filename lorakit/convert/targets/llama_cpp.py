@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.writing import written
+from lorakit.adapters.writing import ensure_finite, written
 from lorakit.convert.gguf_names import ARCHITECTURES, LAYOUTS, Layout, gguf_library
 from lorakit.convert.readers.templates import head_size, renamed
 from lorakit.errors import InvalidFile, Refused, UnsupportedAdapter, UsageError
@@ -66,7 +66,7 @@ def write_gguf_adapter(adapter: Adapter, folder: Path, base: BaseModel | None) -
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for pair in pairs:
-            for factor in _factors(pair, rank, adapter):
+            for factor in _factors(pair, rank):
                 writer.write_tensor_data(factor.numpy())
     finally:
         writer.close()
@@ -115,15 +115,10 @@ def _plan(writer: Any, name: str, shape: tuple[int, int]) -> None:
     writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) * 4)
 
 
-def _factors(pair: _Pair, rank: int, adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(pair: _Pair, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B as they are stored; A of an embedding transposed, as llama.cpp takes rows of it."""
-    import torch
-
-    a, b = written(pair.delta)
-    missing = rank - pair.delta.rank
-    a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise UnsupportedAdapter(f"the factors of '{pair.weight}' are too large for float32: give smaller weights")
+    a, b = written(pair.delta, rank)
+    ensure_finite(pair.weight, a, b)
     if pair.head:
         b = b.view(-1, 2, pair.head // 2, rank).transpose(1, 2).reshape(b.shape)
     return (a.T if pair.delta.kind == "embedding" else a).contiguous(), b.contiguous()

@@ -16,7 +16,7 @@ from lorakit.adapters.truncation import cut
 from lorakit.errors import InvalidFile, UsageError
 from lorakit.files.folders import write_all
 from lorakit.files.safetensors import StoredTensor
-from lorakit.files.tensors import load_tensor, same_bytes, tensor_bytes
+from lorakit.files.tensors import load_range, load_tensor, same_bytes, tensor_bytes, torch_dtype
 from lorakit.mix.extraction.noise import RoundingNoise, narrowest
 from lorakit.mix.extraction.plan import Pair, Uncarried
 from lorakit.mix.extraction.report import ExtractedModule, Stop, UncarriedChange
@@ -138,13 +138,11 @@ def change_of(
 
     if model.is_stored and same_bytes(pair.tuned, pair.base):
         return None
-    tuned, base = model.load(pair.tuned), load_tensor(pair.base)
-    delta, noise, weight_norm = _difference(tuned, base, device)
+    delta, noise, weight_norm = _difference(model.load(pair.tuned), pair.base, device)
     norm = noise.norm
     if norm == 0:
         return None
     _ensure_finite(norm, pair.tuned, pair.base)
-    del tuned, base
     floor = noise.floor()
     matrix = delta.T if pair.transposed else delta
     generator = torch.Generator().manual_seed(_seed(seed, pair.module))
@@ -160,24 +158,33 @@ def change_of(
     return replace(change, B=factors.put(f"{pair.module} B", b), A=factors.put(f"{pair.module} A", a))
 
 
-def _difference(tuned: torch.Tensor, base: torch.Tensor, device: str) -> tuple[torch.Tensor, RoundingNoise, float]:
-    """Δ (m, n) in float32 on the device, the rounding noise in it, and ‖W‖ of the base."""
+def _difference(tuned: torch.Tensor, base: StoredTensor, device: str) -> tuple[torch.Tensor, RoundingNoise, float]:
+    """Δ (m, n) in float32 on the device, the rounding noise in it, and ‖W‖ of the base.
+
+    Where `tuned` could hold Δ, it does then: a table of a vocabulary is large.
+    """
     import torch
 
     stored_as = narrowest(tuned)
-    wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
-    delta = torch.empty(tuned.shape, device=device)
+    wide = torch.promote_types(torch.promote_types(tuned.dtype, torch_dtype(base.dtype)), torch.float32)
+    in_place = tuned.dtype == torch.float32 and tuned.device == torch.device(device)
+    delta = tuned if in_place else torch.empty(tuned.shape, device=device)
     noise = RoundingNoise((tuned.shape[0], tuned.shape[1]))
     square = 0.0
     rows = max(1, BLOCK // tuned.shape[1])
     for first in range(0, len(tuned), rows):
         values = tuned[first : first + rows].to(device)
-        before = base[first : first + rows].to(device=device, dtype=wide)
+        before = _rows(base, first, first + len(values)).to(device=device, dtype=wide)
         change = values.to(wide) - before
-        delta[first : first + rows] = change
         noise.add(values.to(stored_as), change, first)
+        delta[first : first + rows] = change
         square += float(before.square().sum(dtype=torch.float64))
     return delta, noise, sqrt(square)
+
+
+def _rows(stored: StoredTensor, first: int, last: int) -> torch.Tensor:
+    width = stored.shape[1]
+    return load_range(stored, first * width, last * width).view(last - first, width)
 
 
 def uncarried_change(part: Uncarried, model: Tuned, *, saved: bool) -> UncarriedChange | None:

@@ -86,10 +86,19 @@ class ExtractReport:
         return sum(module.parameters for module in self.modules)
 
     @property
-    def relative_error(self) -> float:
-        """The part of the whole change, in norm, that the adapter lacks: of low rank or not carried at all."""
+    def lost(self) -> tuple[UncarriedChange, ...]:
+        """What is not in the adapter."""
+        return tuple(change for change in self.uncarried if not change.saved)
+
+    @property
+    def relative_error(self) -> float | None:
+        """The part of the whole change, in norm, that the adapter lacks: of low rank or not carried at all. None where
+        it lacks a tensor of another shape than the base's, whose change has no norm.
+        """
+        if any(change.norm is None for change in self.lost):
+            return None
         lacking = sum(module.error**2 for module in self.modules)
-        lacking += sum(change.norm**2 for change in self.uncarried if change.norm is not None and not change.saved)
+        lacking += sum(change.norm**2 for change in self.lost if change.norm is not None)
         whole = sum(module.norm**2 for module in self.modules)
         whole += sum(change.norm**2 for change in self.uncarried if change.norm is not None)
         return sqrt(lacking / whole) if whole else 0.0
@@ -99,7 +108,7 @@ class ExtractReport:
         return (*self.remarks, *self._of_uncarried(), *self._of_noise(), *self._of_max_rank())
 
     def _of_uncarried(self) -> tuple[str, ...]:
-        lost = [change for change in self.uncarried if not change.saved]
+        lost = self.lost
         if not lost:
             return ()
         size = sum(change.nbytes for change in lost)

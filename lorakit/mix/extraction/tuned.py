@@ -148,7 +148,8 @@ def opened(
 def parent_of(model: BaseModel, kind: str) -> dict[str, Any]:
     """What lorakit.json says of a model."""
     path = str(model.folder.absolute())
-    return {"kind": kind, "path": path, "reference": model.reference, "identity": model.identity}
+    said = {"path": path, "reference": model.reference, "identity": model.identity, "weights": model.weights_digest}
+    return {"kind": kind, **said}
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -27,7 +27,6 @@ from tests.merge.kinds import (
     answers,
     edit_config,
     make_kind,
-    make_model,
     on_disk,
     open_model,
     rename_tensors,
@@ -36,18 +35,6 @@ from tests.merge.kinds import (
 )
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder, made = tmp_path_factory.mktemp("bases"), dict[str, Path]()
-
-    def base(family: str) -> Path:
-        if family not in made:
-            made[family] = make_model(folder / family, family)
-        return made[family]
-
-    return base
 
 
 def is_served_form(folder: Path) -> bool:
@@ -115,6 +102,13 @@ EXACT = {
     "the head of a tied base": ("tied-llama", Kind({"target_modules": ["lm_head", "q_proj"]})),
     "trained rows": ("llama", Kind({"trainable_token_indices": [3, 99, 7]})),
     "trained rows of a tied base": ("tied-llama", Kind({"trainable_token_indices": [3, 99]})),
+    "trained rows of a head": ("llama", Kind({"trainable_token_indices": {"lm_head": [5, 8]}})),
+    "trained rows of both sides": (
+        "llama", Kind({"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [5]}}),
+    ),
+    "target_parameters of linear layers": (
+        "llama", Kind({"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}),
+    ),
     "converted pissa": ("llama", Kind({"init_lora_weights": "pissa"}, starts_from_base=True, convert=True)),
     "qalora": ("llama", Kind({"target_modules": ["q_proj", "o_proj"]}, group=4)),
     "a Conv1D": ("gpt2", Kind({"fan_in_fan_out": True})),
@@ -136,11 +130,12 @@ def test_what_is_written_answers_as_what_was_read(tmp_path: Path, bases: Callabl
     wanted = answers(unmerged(base, family, [adapter], Kind(kind.lora, group=kind.group)), family)
     if kind.change:
         kind.change(adapter)
-    report = convert_adapter(adapter, tmp_path / "out", base=str(base))
+    target = "peft" if family == "gpt2" else "vllm"  # whose GPT-2 takes no adapter
+    report = convert_adapter(adapter, tmp_path / "out", base=str(base), target=target)
     assert is_served_form(tmp_path / "out")
     assert (report.error, report.kind) == (0.0, "adapter")
     torch.testing.assert_close(answers_with(base, family, tmp_path / "out"), wanted, rtol=1e-4, atol=1e-4)
-    written = check_adapter(load_adapter(tmp_path / "out"), read_base(base))
+    written = check_adapter(load_adapter(tmp_path / "out"), read_base(base), engine=target)
     assert (written.problems, written.repairs, dict(written.rename)) == ((), (), {})
 
 
@@ -154,6 +149,7 @@ METHODS = {
     "loha": Method(peft.LoHaConfig(r=3, alpha=6, target_modules=["q_proj", "down_proj"]), 9),
     "lokr": Method(peft.LoKrConfig(r=3, alpha=6, target_modules=["q_proj", "down_proj"]), 30),
     "vera": Method(peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]), 4),
+    "trained rows": Method(peft.TrainableTokensConfig(token_indices=[3, 99, 7], target_modules=["embed_tokens"]), 3),
     "adalora": Method(peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]), 4),
 }
 
@@ -210,6 +206,44 @@ def test_what_is_not_of_low_rank_is_refused_unless_something_near_is_asked_for(
     assert 1 > errors[0] > errors[1]
     assert distances[1] < distances[0] < far
     assert distances[1] < 1e-2 * far or errors[1] > 1e-3
+
+
+LOST = {
+    "norms": ("llama", Kind({"modules_to_save": ["norm"]})),
+    "a resized vocabulary": ("llama", Kind({"modules_to_save": ["lm_head", "embed_tokens"]}, vocabulary=110)),
+    "biases": ("qwen2", Kind({"bias": "all"})),
+    "biases of lora_B": ("qwen2", Kind({"lora_bias": True, "target_modules": ["q_proj", "v_proj"]})),
+    "experts in one tensor": (
+        "gpt-oss",
+        Kind({
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "rank_pattern": {"q_proj": 2},
+        }),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_no_factors_carry_is_refused_however_near_the_rest_is(
+    tmp_path: Path, bases: Callable[[str], Path], name: str
+) -> None:
+    family, kind = LOST[name]
+    adapter = make_kind(tmp_path / "adapter", bases(family), family, kind)
+    with pytest.raises(Refused, match=r"lorakit merge"):
+        convert_adapter(adapter, tmp_path / "out", base=str(bases(family)), rank=16)
+    assert leftovers(tmp_path) == []
+    merge(bases(family), [(adapter, 1.0)], out=tmp_path / "merged")
+
+
+def test_a_tensor_that_nothing_has_a_place_for_is_named_without_a_way_that_is_none(
+    tmp_path: Path, bases: Callable[[str], Path]
+) -> None:
+    base = bases("llama")
+    adapter = make_kind(tmp_path / "adapter", base, "llama", Kind())
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({**tensors, "base_model.model.surprise": torch.ones(3)}, adapter / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(Refused, match="surprise") as refused:
+        convert_adapter(adapter, tmp_path / "out", base=str(base), approximate=True)
+    assert "--no-strict" not in str(refused.value)
 
 
 def test_oft_is_approximated_too(tmp_path: Path, bases: Callable[[str], Path]) -> None:
@@ -316,12 +350,31 @@ def test_factors_of_all_experts_at_once_stay_as_they_are_where_vllm_takes_them_s
     kind = Kind({"target_parameters": PARAMETERS, "lora_alpha": 12, "r": 4})
     adapter = make_kind(tmp_path / "adapter", base, "gpt-oss", kind)
     verdict = check_adapter(load_adapter(adapter), read_base(base), max_rank=4)
-    assert (verdict.problems, verdict.repairs, verdict.stacked) == ((), (), True)
+    assert (verdict.problems, verdict.repairs, verdict.rank) == ((), (), 4)
+    layers = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    assert set(verdict.stacked) == {*layers, *(f"{layer}.base_layer" for layer in layers)}
+    assert (verdict.modules, verdict.applied) == (4 + len(verdict.plain.deltas), 4 + len(verdict.plain.deltas))
     assert "rank 4" in check_adapter(load_adapter(adapter), read_base(base), max_rank=3).problems[0]
     convert_adapter(adapter, tmp_path / "out", base=str(base))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
     with pytest.raises(Refused, match="vLLM and PEFT alone"):
         convert_adapter(adapter, tmp_path / "other", base=str(base), target="lorax")
+
+
+def test_factors_of_all_experts_at_once_are_never_cut(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+    base = bases("gpt-oss")
+    adapter = make_kind(tmp_path / "adapter", base, "gpt-oss", Kind({"target_parameters": PARAMETERS, "r": 4}))
+    with pytest.raises(Refused, match=r"it has rank 4, but --max-lora-rank is 2: merge it into its base"):
+        convert_adapter(adapter, tmp_path / "out", base=str(base), rank=2)
+    assert leftovers(tmp_path) == []
+
+
+def test_an_adapter_of_experts_alone_has_their_rank(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+    base = bases("gpt-oss")
+    kind = Kind({"target_modules": [], "target_parameters": PARAMETERS, "r": 4})
+    verdict = check_adapter(load_adapter(make_kind(tmp_path / "adapter", base, "gpt-oss", kind)), read_base(base))
+    assert (verdict.rank, verdict.modules, verdict.applied) == (4, 4, 4)
+    assert "rank 4" in [check.reason for check in verdict.checks if check.name == "rank"]
 
 
 @pytest.mark.parametrize(
@@ -433,6 +486,31 @@ def test_without_a_base_at_hand_it_is_written_and_said(tmp_path: Path, bases: Ca
     assert any("not compared" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("named", ["/nowhere/x", None])
+def test_why_there_is_no_base_is_said_without_a_cure_that_is_another(
+    tmp_path: Path, bases: Callable[[str], Path], named: str | None
+) -> None:
+    adapter = make_kind(tmp_path / "adapter", bases("llama"), "llama", Kind())
+    edit_config(adapter, base_model_name_or_path=named)
+    (note,) = convert_adapter(adapter, tmp_path / "out").notes
+    assert note.startswith("names and sizes are not compared with any base: ")
+    assert "--base" not in note
+
+
+def test_a_base_that_may_be_another_is_said_and_noted_then(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+    adapter = make_kind(tmp_path / "adapter", bases("llama"), "llama", Kind())
+    convert_adapter(adapter, tmp_path / "one", base=str(bases("llama")))
+    record = json.loads((tmp_path / "one" / "lorakit.json").read_text())
+    (noted,) = (parent for parent in record["parents"] if parent["kind"] == "base")
+    noted.update(path="/gone", weights="0123", identity="llama-0123456789abcdef")
+    (tmp_path / "one" / "lorakit.json").write_text(json.dumps(record))
+    judged = check_adapter(load_adapter(tmp_path / "one"), read_base(bases("llama")))
+    assert "lorakit convert ADAPTER --base BASE" in judged.open_questions[0]
+    report = convert_adapter(tmp_path / "one", tmp_path / "two", base=str(bases("llama")))
+    assert any("another dtype, or another model" in note for note in report.notes)
+    assert not check_adapter(load_adapter(tmp_path / "two"), read_base(bases("llama"))).open_questions
+
+
 def test_what_an_adapter_has_that_needs_its_base_is_refused_without_one(
     tmp_path: Path, bases: Callable[[str], Path]
 ) -> None:
@@ -440,6 +518,33 @@ def test_what_an_adapter_has_that_needs_its_base_is_refused_without_one(
     edit_config(adapter, base_model_name_or_path=None)
     with pytest.raises(Refused, match="--base"):
         convert_adapter(adapter, tmp_path / "out")
+
+
+def test_a_pickled_adapter_without_its_config_is_refused_for_that(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+    adapter = make_kind(tmp_path / "adapter", bases("llama"), "llama", Kind())
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    for name in (WEIGHTS, "adapter_config.json"):
+        (adapter / name).unlink()
+    with pytest.raises(InvalidFile, match=r"it has no adapter_config\.json"):
+        convert_adapter(adapter, tmp_path / "out", base=str(bases("llama")))
+
+
+def test_a_pattern_that_re_never_ends_with_holds_nothing_up(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+    base = bases("llama")
+    adapter = make_kind(tmp_path / "adapter", base, "llama", Kind())
+    wanted = answers_with(base, "llama", adapter)
+    never = ["([a-z._0-9]+)+!", "(([a-z._0-9])+.?)+!"]
+    edit_config(adapter, rank_pattern=dict.fromkeys(never, 4), alpha_pattern=dict.fromkeys(never, 4))
+    convert_adapter(adapter, tmp_path / "out", base=str(base))
+    torch.testing.assert_close(answers_with(base, "llama", tmp_path / "out"), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_nor_does_one_that_peft_would_ask_re_about(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+    config = peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    adapter, _ = of_method(tmp_path / "adapter", bases("llama"), config)
+    edit_config(adapter, feedforward_modules="([a-z._0-9]+)+!")
+    with pytest.raises(InvalidFile, match=r"feedforward_modules: the pattern .* may take for ever"):
+        convert_adapter(adapter, tmp_path / "out", base=str(bases("llama")), rank=4)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path, bases: Callable[[str], Path]) -> None:

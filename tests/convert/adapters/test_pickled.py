@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorakit.convert.adapters import pickled as pickled_adapters
 from lorakit.convert.adapters.pickled import as_safetensors
 from lorakit.errors import InvalidFile, Refused
 
@@ -36,6 +37,14 @@ def test_the_tensors_are_the_same_in_both_of_torchs_formats(tmp_path: Path, zipp
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
     assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
+
+
+def test_a_large_table_is_copied_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickled_adapters, "ELEMENTS", 7)
+    tensors = {"table": torch.randn(11, 5).half(), "turned": torch.randn(5, 9).T, "one": torch.tensor(3.0)}
+    as_safetensors(pickled(tmp_path / "a", tensors), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("value", [[torch.ones(2)], {"a": 3}, {"state": {"a": torch.ones(2)}}, 5])

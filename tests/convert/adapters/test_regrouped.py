@@ -23,10 +23,12 @@ def delta(out: int, into: int, rank: int = 2, seed: int = 0) -> Delta:
     return Delta((Made((out, into), lambda: (b, a), 0.5, rank),))
 
 
-def run(deltas: dict[str, Delta], base: dict[str, tuple[int, ...]]) -> dict[str, Delta]:
+def run(
+    deltas: dict[str, Delta], base: dict[str, tuple[int, ...]], config: dict[str, int] | None = None
+) -> dict[str, Delta]:
     tensors = {f"{name}.weight": StoredTensor(f"{name}.weight", Path("x"), "F32", shape, 0, 0)
                for name, shape in base.items()}  # fmt: skip
-    return regrouped(deltas, tensors, Resolver(tensors)).deltas
+    return regrouped(deltas, tensors, Resolver(tensors), config or {}).deltas
 
 
 sizes = st.lists(st.integers(1, 5), min_size=3, max_size=3)
@@ -51,6 +53,29 @@ def test_what_does_not_add_up_or_is_not_all_there_stays_as_it_is() -> None:
     assert list(run({f"{LAYER}.qkv_proj": delta(11, 4)}, pieces)) == [f"{LAYER}.qkv_proj"]
     two = {f"{LAYER}.q_proj": delta(4, 4), f"{LAYER}.v_proj": delta(4, 4)}
     assert list(run(two, {f"{LAYER}.qkv_proj": (12, 4)})) == list(two)
+    wide = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 3}
+    assert list(run(two, {f"{LAYER}.qkv_proj": (12, 4)}, wide)) == list(two)
+
+
+@pytest.mark.parametrize("trained", [{"q_proj"}, {"v_proj"}, {"q_proj", "v_proj"}, {"k_proj", "v_proj"}])
+@pytest.mark.parametrize("config", [{"head_dim": 3}, {"hidden_size": 12}], ids=["its own size", "by the width"])
+def test_parts_that_were_not_trained_are_zeros_where_the_config_says_their_sizes(
+    trained: set[str], config: dict[str, int]
+) -> None:
+    rows = dict(zip(WHOLES["qkv_proj"], (12, 6, 6), strict=True))
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, **config}
+    parts = {f"{LAYER}.{piece}": delta(rows[piece], 5, seed=number) for number, piece in enumerate(sorted(trained))}
+    found = run(parts, {f"{LAYER}.qkv_proj": (24, 5)}, config)
+    assert list(found) == [f"{LAYER}.qkv_proj"]
+    empty = {piece: torch.zeros(size, 5, dtype=torch.float64) for piece, size in rows.items()}
+    wanted = empty | {path.rpartition(".")[2]: part.dense() for path, part in parts.items()}
+    torch.testing.assert_close(found[f"{LAYER}.qkv_proj"].dense(), torch.cat(list(wanted.values())))
+
+
+def test_half_of_gate_and_up_is_enough() -> None:
+    gate = delta(6, 5)
+    (found,) = run({"model.layers.0.mlp.up_proj": gate}, {"model.layers.0.mlp.gate_up_proj": (12, 5)}).values()
+    torch.testing.assert_close(found.dense(), torch.cat([torch.zeros(6, 5, dtype=torch.float64), gate.dense()]))
 
 
 @pytest.mark.parametrize(

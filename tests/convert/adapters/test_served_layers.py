@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from lorakit.adapters.delta import Delta, Made
-from lorakit.convert.adapters.served_layers import STACKED_EXPERTS, WITHOUT_EMBEDDINGS, WITHOUT_HEAD, not_served
+from lorakit.convert.adapters.served_layers import (
+    STACKED_EXPERTS,
+    WITHOUT_ADAPTERS,
+    WITHOUT_EMBEDDINGS,
+    WITHOUT_HEAD,
+    not_served,
+)
 
 
 def delta(out: int = 8, into: int = 8, kind: Any = "linear") -> Delta:
@@ -28,6 +34,11 @@ def test_embeddings_and_heads_are_refused_of_models_that_take_none() -> None:
     assert [len(refused(table, "CohereForCausalLM")) for table in tables] == [1, 0]
     assert [len(refused(table, "LlamaForCausalLM")) for table in tables] == [0, 0]
     assert refused({"model.layers.0.self_attn.q_proj": delta()}, "Qwen2ForCausalLM") == []
+
+
+def test_models_that_take_no_adapter_are_refused_for_any_layer() -> None:
+    (problem,) = refused({"transformer.h.0.attn.c_attn": delta()}, "GPT2LMHeadModel")
+    assert "GPT2LMHeadModel" in problem
 
 
 def test_a_head_of_too_many_tokens_is_refused_and_an_embedding_of_them_is_not() -> None:
@@ -118,6 +129,12 @@ def test_the_tables_are_vllms(classes: dict[str, Any]) -> None:
     tables = {arch: set(_inherited(classes, name, "embedding_modules") or ()) for arch, name in texts.items()}
     assert {arch for arch, layers in tables.items() if not layers} == WITHOUT_EMBEDDINGS
     assert {arch for arch, layers in tables.items() if layers and "lm_head" not in layers} == WITHOUT_HEAD
+
+
+def test_the_models_that_take_no_adapter_are_vllms(classes: dict[str, Any]) -> None:
+    registered = _registered("_TEXT_GENERATION_MODELS")
+    known = {arch for arch, name in registered.items() if name in classes and not _takes_adapters(classes, name)}
+    assert known == WITHOUT_ADAPTERS
 
 
 def test_the_models_with_stacked_experts_are_vllms(classes: dict[str, Any]) -> None:

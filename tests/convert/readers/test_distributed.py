@@ -102,7 +102,7 @@ def test_of_several_models_one_has_to_be_named(tmp_path: Path) -> None:
 def test_the_config_is_looked_for_around_the_folder(tmp_path: Path) -> None:
     saved(tmp_path / "pytorch_model_fsdp_0", {"model": {"w": torch.ones(3)}})
     assert read(tmp_path).beside is None
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert read(tmp_path).beside == tmp_path
     assert read(tmp_path / "pytorch_model_fsdp_0").beside == tmp_path
 

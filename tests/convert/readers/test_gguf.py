@@ -87,7 +87,7 @@ def test_tables_of_angles_are_left_out(tmp_path: Path) -> None:
 def test_a_folder_with_one_model_is_that_model_and_its_config(tmp_path: Path) -> None:
     write_gguf(tiny("qwen2"), tmp_path / "model.gguf")
     assert reader.read(tmp_path).beside is None
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert reader.read(tmp_path).beside == tmp_path
     write_gguf(tiny("qwen2"), tmp_path / "other.gguf")
     with pytest.raises(Refused, match=r"holds model.gguf, other.gguf: name the file"):

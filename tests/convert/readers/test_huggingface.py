@@ -11,7 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from lorakit.convert.readers.huggingface import read
 from lorakit.convert.source import numel
-from lorakit.errors import InvalidFile, LorakitError, NotFound, UsageError
+from lorakit.errors import InvalidFile, LorakitError, NotFound, Refused, UsageError
 from tests.models import load, make_base
 
 
@@ -92,3 +92,31 @@ def test_shards_and_index_have_to_agree(
 def test_it_has_no_average(base: Path) -> None:
     with pytest.raises(UsageError, match="leave out --weights ema"):
         read(base, weights="ema")
+
+
+def test_files_that_may_be_another_model_are_refused(base: Path, tmp_path: Path) -> None:
+    """transformers would take the one, and others the many."""
+    for name, said in (
+        ("model.safetensors", "model.safetensors and an index"),
+        ("model-00099-of-00099.safetensors", "99"),
+    ):
+        folder = tmp_path / name
+        load(base).save_pretrained(folder, max_shard_size="100KB")
+        (folder / name).write_bytes((base / "model.safetensors").read_bytes())
+        with pytest.raises(InvalidFile, match=f"{said}.*keep one of the two"):
+            read(folder)
+
+
+def test_pickled_weights_beside_are_not_read_and_that_is_said(base: Path, tmp_path: Path) -> None:
+    load(base).save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert read(tmp_path).notes == ("the safetensors files are read, and pytorch_model.bin beside them is not",)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.fp16.safetensors"])
+def test_one_file_of_any_name_is_the_model(base: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes((base / "model.safetensors").read_bytes())
+    assert read(tmp_path).tensors.keys() == load(base).state_dict().keys()
+    (tmp_path / "other.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    with pytest.raises(Refused, match="and no index that says which are the model: name the file"):
+        read(tmp_path)

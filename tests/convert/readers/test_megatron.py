@@ -79,7 +79,7 @@ def test_the_newest_iteration_is_exported_and_read(run: Path) -> None:
 
 @pytest.mark.usefixtures("bridge")
 def test_a_config_beside_the_checkpoint_names_the_model(run: Path) -> None:
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text('{"model_type": "llama"}')
     source = megatron.read(run)
     assert source.beside is not None
     assert json.loads((source.beside / "config.json").read_text())[0] == str(run)

@@ -44,7 +44,7 @@ def test_one_file_of_many_is_not_the_checkpoint(trainers: Trainers) -> None:
 def test_the_nearest_config_belongs_to_it(tmp_path: Path, config: str) -> None:
     for name in (config, "config.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text('{"model_type": "llama"}')
     file = tmp_path / "run" / "step" / "step.pt"
     file.parent.mkdir(exist_ok=True)
     torch.save(state(), file)
@@ -61,3 +61,28 @@ def test_what_no_reader_knows_is_said(tmp_path: Path) -> None:
     write_base(tmp_path / "empty", {})
     with pytest.raises(InvalidFile, match="holds no tensors"):
         read_source(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.fp16.safetensors"])
+def test_safetensors_of_any_name_are_read(tmp_path: Path, name: str) -> None:
+    folder = write_base(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / name)
+    assert read_source(folder).tensors.keys() == state().keys()
+
+
+def test_a_models_own_files_come_before_llama_cpps(tmp_path: Path) -> None:
+    """Who quantised it there has both, and one is a rounded copy of the other."""
+    folder = write_base(tmp_path / "model")
+    (folder / "model.Q8_0.gguf").write_bytes(b"GGUF")
+    assert read_source(folder).format == "huggingface"
+
+
+def test_settings_of_other_programs_are_no_config_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"lr": 0.001}')
+    (tmp_path / "run" / "step").mkdir(parents=True)
+    torch.save(state(), tmp_path / "run" / "step.pt")
+    torch.save(state(), tmp_path / "step.pt")
+    for file in (tmp_path / "run" / "step.pt", tmp_path / "step.pt"):
+        assert read_source(file).beside == file.parent
+    (tmp_path / "run" / "config.json").write_text("[")
+    assert read_source(tmp_path / "run" / "step.pt").beside == tmp_path / "run"

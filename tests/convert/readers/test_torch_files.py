@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lorakit.convert.readers.torch_files import NO_TENSORS, NO_WEIGHTS, OF_EMA, read
+from lorakit.convert.readers.torch_files import COUNTERS, NO_TENSORS, NO_WEIGHTS, OF_EMA, OTHER_MODELS, read
 from lorakit.convert.source import Source, numel
 from lorakit.errors import Refused, UsageError
 from tests.models import CONFIGS
@@ -91,6 +91,19 @@ def in_order(average: State) -> dict[str, Any]:
     return {"decay": 0.99, "num_updates": 4, "shadow_params": list(average.values())}
 
 
+def in_ema_pytorch(state: State, average: State) -> dict[str, Any]:
+    """As lucidrains' EMA is a module of both."""
+    both = {"ema_model": average, "online_model": state}
+    inner = {f"{place}.{name}": one for place, held in both.items() for name, one in held.items()}
+    return {"initted": torch.tensor(True), "step": torch.tensor([5]), **inner}
+
+
+def in_lit_ema(average: State) -> dict[str, Any]:
+    """As stable-diffusion's LitEma keeps it: in buffers, whose names have no dots."""
+    counters = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+    return counters | {f"model_ema.{name.replace('.', '')}": one for name, one in average.items()}
+
+
 @pytest.mark.parametrize(
     "around",
     [
@@ -101,16 +114,20 @@ def in_order(average: State) -> dict[str, Any]:
         lambda state, average: {"state_dict": state, "callbacks": {"EMACallback{'decay': 1}": {"ema": average}}},
         lambda state, average: {"state_dict": state | {f"ema_model.{name}": average[name] for name in average}},
         lambda state, average: {"state_dict": average, "current_model_state": state},
+        lambda state, average: {"model": state, "ema": in_ema_pytorch(state, average)},
+        lambda state, average: {"state_dict": {f"net.{name}": state[name] for name in state} | in_lit_ema(average)},
     ],
-    ids=["ema", "model_ema", "nested", "list", "callback", "inside", "lightning"],
+    ids=["ema", "model_ema", "nested", "list", "callback", "inside", "lightning", "ema_pytorch", "lit_ema"],
 )
 def test_the_moving_average_is_taken_when_it_is_asked_for(
     tmp_path: Path, state: State, average: State, around: Any
 ) -> None:
     file = saved(tmp_path, around(state, average))
-    assert same(read(file), state)
-    averaged = read(file, weights="ema")
-    assert same(averaged, average)
+    found, averaged = read(file), read(file, weights="ema")
+    prefix = next(iter(found.tensors)).removesuffix(next(iter(state)))
+    assert same(found, {f"{prefix}{name}": one for name, one in state.items()})
+    prefix = next(iter(averaged.tensors)).removesuffix(next(iter(state)))
+    assert same(averaged, {f"{prefix}{name}": one for name, one in average.items()})
     assert averaged.notes[0].startswith("the weights are those of '")
 
 
@@ -141,3 +158,50 @@ def test_a_folder_holds_one_model(tmp_path: Path, state: State) -> None:
     torch.save(copy.deepcopy(state), tmp_path / "second.pt")
     with pytest.raises(Refused, match=r"second\.pt, weights\.pt: name the file"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["model", "ema"])
+def test_what_torch_averages_is_the_model_without_its_counter(
+    tmp_path: Path, model: LlamaForCausalLM, weights: str
+) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    states = {"model": averaged.state_dict(), "ema": {"ema_model": averaged.state_dict()}}
+    source = read(saved(tmp_path, states["model"] if weights == "model" else states["ema"]), weights=weights)
+    assert source.left_out == {COUNTERS: ("n_averaged",)}
+    module = averaged.module.state_dict()
+    assert same(source, {f"module.{name}": one for name, one in module.items()})
+
+
+def test_of_several_averages_none_is_guessed(tmp_path: Path, state: State, average: State) -> None:
+    file = saved(tmp_path, {"model": state, "ema": average, "model_ema": {**state}})
+    with pytest.raises(Refused, match="several moving averages, ema, model_ema"):
+        read(file, weights="ema")
+    assert same(read(file), state)
+
+
+def test_other_models_in_the_file_are_listed(tmp_path: Path, state: State, average: State) -> None:
+    source = read(saved(tmp_path, {"model": state, "net": average, "teacher": {**average}, "step": 3}))
+    assert same(source, state)
+    assert source.left_out == {OTHER_MODELS: ("net", "teacher"), NO_WEIGHTS: ("step",)}
+    assert source.notes == ("the weights are those of 'model'",)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda state: {"checkpoint": state},
+        lambda state: {"actor": state, "optimizer": {"state": state}, "epoch": 3},
+        lambda state: {"state": {"model": state}},
+    ],
+)
+def test_the_only_state_dict_is_the_model_whatever_it_is_called(tmp_path: Path, state: State, around: Any) -> None:
+    value = around(state)
+    source = read(saved(tmp_path, value))
+    assert same(source, state)
+    assert source.notes[0].startswith(f"the weights are those of '{next(iter(value))}")
+
+
+def test_of_several_state_dicts_of_unknown_names_none_is_guessed(tmp_path: Path, state: State, average: State) -> None:
+    with pytest.raises(Refused, match="several state dicts, actor, critic"):
+        read(saved(tmp_path, {"actor": state, "critic": average}))

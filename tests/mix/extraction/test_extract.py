@@ -206,6 +206,9 @@ def test_a_resized_vocabulary_is_kept_whole_on_request(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "tuned")
     report = lorakit.extract(tmp_path / "tuned", base, tmp_path / "out", rank=16, save_rest=True)
     assert {change.tensor for change in report.uncarried} == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert report.relative_error is not None
+    without = lorakit.extract(tmp_path / "tuned", base, rank=16, dry_run=True)
+    assert without.relative_error is None  # what it lacks then has no norm, and may be all there is
     larger = load(base)
     larger.resize_token_embeddings(104, mean_resizing=False)
     torch.testing.assert_close(
