@@ -11,11 +11,12 @@ TWO := -n 2 --dist loadfile
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 
-.PHONY: help setup setup-trainers demo test test-all lint format bench clean
+.PHONY: help setup setup-trainers demo test test-all test-vllm lint format bench clean
 
 help:
 	@echo 'make demo    train, merge, mix and serve tiny adapters on real vLLM, and watch it happen'
 	@echo 'make test    the test suite        make test-all   with the slow ones'
+	@echo 'make test-vllm VLLM=0.28.0   what the tests say of vLLM, on another version of it (0.28.0 to 0.32.0)'
 	@echo 'make lint    ruff and mypy         make format     apply ruff'
 	@echo 'make bench   measure beside the peers'
 	@echo 'make setup   only the .venv        make clean      remove it and all that was built'
@@ -53,6 +54,18 @@ test: setup setup-trainers
 
 test-all: setup setup-trainers
 	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest $(TWO)
+
+# One vLLM, laid over the stack: only what it wants otherwise than the stack's own is beside it.
+VLLM ?= 0.32.0
+OVER := $(CURDIR)/$(VENV)/vllm-$(VLLM)
+
+test-vllm: setup $(VENV)/vllm-$(VLLM)/.installed
+	@$(OFFLINE) PYTHONPATH=$(OVER) $(PY) -m pytest $(TWO) -m 'not slow' tests/server/test_real_*.py tests/server/test_probe.py
+
+$(VENV)/vllm-%/.installed: requirements/vllm-%.txt | $(STAMP)
+	@rm -rf $(@D)
+	@$(PIP) --target $(@D) -r $<
+	@touch $@
 
 lint: setup
 	@$(VENV)/bin/ruff check .

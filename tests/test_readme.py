@@ -18,6 +18,7 @@ from tests.cli.commands import lorakit
 from tests.folders import base_tensors, write_adapter, write_base
 from tests.hub import Hub
 from tests.readme import README, ROOT, blocks
+from tests.server.running import running
 
 # What has to have happened before a verb has something to do.
 BEFORE = {
@@ -27,7 +28,9 @@ BEFORE = {
     "diff": ["mix runs/sql/checkpoint-500=0.7 runs/chat=0.3 --out mixed", "shrink mixed --rank 1 --out small"],
     "check": ["convert runs/sql/checkpoint-500 --out servable"],
     "undelete": ["rm runs/sql/checkpoint-500 --yes"],
+    "rollback": ["load sql runs/chat"],
 }
+ASK_A_SERVER = {"ps", "load", "unload", "rollback", "alias"}
 TRAIN = """
 import os, shutil
 shutil.copytree("runs/sql/checkpoint-500", os.environ["LORAKIT_OUTPUT_CHECKPOINT_DIR"] + "/checkpoint-500")
@@ -67,6 +70,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def server(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `lorakit serve models/llama --watch runs` would have started, on an engine that is none."""
+    with running(workplace, workplace / "models" / "llama") as there:
+        monkeypatch.setenv("LORAKIT_URL", there.url)
+        yield
+
+
 COMMANDS = [
     shlex.split(line, comments=True)
     for block in blocks("")
@@ -77,8 +88,11 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_does_what_it_says(
-    command: list[str], workplace: Path, web: Web, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+    command: list[str], workplace: Path, web: Web, hub: Hub, capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if command[1] in ASK_A_SERVER:
+        request.getfixturevalue("server")
     for line in BEFORE.get(command[1], ()):
         assert lorakit(capsys, *shlex.split(line)).code == 0
     if command[1] == "fetch":

@@ -45,6 +45,11 @@ VERBS = {
     "save": "Ask the run that is training to save now.",
     "capture": "Run a trainer, and keep every checkpoint that it writes.",
     "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
+    "ps": "Say what a running server serves, where each revision is, and how often it was asked for.",
+    "load": "Have a running server serve an adapter under a name.",
+    "unload": "Have a running server forget a name and its revisions.",
+    "rollback": "Have a name mean what it meant before.",
+    "alias": "Have a name, or an alias of it, mean a revision.",
 }
 
 
@@ -168,7 +173,7 @@ def _of_system(error: OSError) -> str:
 
 def _missing(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
-    if package in ("fastapi", "starlette", "uvicorn", "watchfiles", "pydantic"):
+    if package in ("aiohttp", "fastapi", "starlette", "uvicorn", "watchfiles", "pydantic"):
         return f"{package} is not installed, which serving needs: pip install 'lorakit[serve]'"
     return f"{package} is not installed, which this needs: pip install {package}"
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import sys
-from contextlib import closing
 from pathlib import Path
-from socket import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,50 +12,108 @@ from lorakit.cli.shared import print_json
 from lorakit.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
-    from lorakit.server.supervisor import Command
+    from lorakit.server.settings import Settings
 
 
 @click.command(name="serve", context_settings={"ignore_unknown_options": False})
-@click.argument("base")
+@click.argument("base", required=False)
 @click.option("--watch", "watched", multiple=True, metavar="DIR", help="Serve every run and adapter in this folder.")
 @click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="Serve this adapter or run as NAME.")
 @click.option("--follow", type=click.Choice(["latest", "best", "manual"]), default="latest", show_default=True,
               help="Which checkpoint a run's name means.")  # fmt: skip
+@click.option("--metric", default="eval_loss", show_default=True, metavar="NAME",
+              help="Of --follow best, at a checkpoint's own step. NAME@best is by eval_loss always.")  # fmt: skip
+@click.option("--mode", type=click.Choice(["min", "max"]), default=None,
+              help="Of --metric; min for those that are called a loss or perplexity.")  # fmt: skip
+@click.option("--min-delta", default=0.0, metavar="X", type=click.FloatRange(0),
+              help="Follow only what is better by so much than what the name means.")  # fmt: skip
+@click.option("--min-steps", default=0, metavar="N", type=click.IntRange(0),
+              help="Follow no checkpoint of fewer steps.")  # fmt: skip
+@click.option("--probe", default="", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Smoke prompts that have to pass before a name moves, one JSON object a line: "
+              '{"prompt": "1+1=", "expect": "2"}; or "messages", "matches" (a regular expression), '
+              '"max_tokens".')  # fmt: skip
+@click.option("--max-error-rise", default=0.1, show_default=True, metavar="SHARE", type=click.FloatRange(0, 1),
+              help="Go back to the revision before when so many more answers fail; 1: never.")  # fmt: skip
+@click.option("--keep-revisions", default=0, metavar="N", type=click.IntRange(0),
+              help="Keep the last N of each run, and what is aliased or in use. Default: all.")  # fmt: skip
+@click.option("--retention", default="", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Keep what this YAML says, as prune --config, and what is aliased or in use.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--max-loras", default=8, show_default=True, type=click.IntRange(1, 4096),
-              help="How many adapters are in the engine at once.")  # fmt: skip
+              help="How many adapters answer at once.")  # fmt: skip
+@click.option("--max-cpu-loras", default=0, metavar="N", type=click.IntRange(0),
+              help="How many the engine holds in memory, ready to take turns. Default: --max-loras; on a CPU, vLLM "
+              "before 0.33 holds no more.")  # fmt: skip
+@click.option("--pin", "pins", multiple=True, metavar="NAME", help="Never let what this name means leave the engine.")
+@click.option("--load-wait", default=60.0, show_default=True, metavar="SECONDS", type=click.FloatRange(0),
+              help="How long a request waits for its adapter, before it is 503.")  # fmt: skip
+@click.option("--fair-wait", default=1.0, show_default=True, metavar="SECONDS", type=click.FloatRange(0),
+              help="How long others wait before a busy adapter lets them have its place.")  # fmt: skip
 @click.option("--max-lora-rank", type=click.IntRange(1), help="Default: the largest rank found, 16 at least.")
 @click.option("--root", "roots", multiple=True, metavar="DIR", help="Adapters may be loaded from here over HTTP.")
 @click.option("--home", type=click.Path(file_okay=False), help="The store. Default: $LORAKIT_HOME.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="Lines to read, or one JSON object each, vLLM's among them.")  # fmt: skip
+@click.option("--canary", default=10.0, show_default=True, metavar="SECONDS", type=click.FloatRange(0),
+              help="Ask the base for a token as often, to see that the engine answers; 0: never.")  # fmt: skip
+@click.option("--hang-limit", default=60.0, show_default=True, metavar="SECONDS", type=click.FloatRange(2),
+              help="An engine without a sign of life for so long is started again.")  # fmt: skip
+@click.option("--start-limit", default=1800.0, show_default=True, metavar="SECONDS", type=click.FloatRange(1),
+              help="So is one that starts, and logs nothing for so long.")  # fmt: skip
+@click.option("--max-body", default=256, show_default=True, metavar="MIB", type=click.IntRange(1),
+              help="The largest body that a request may have.")  # fmt: skip
+@click.option("--max-requests", default=0, metavar="N", type=click.IntRange(0),
+              help="Answer so many at once, and 429 to the others; 0: no limit.")  # fmt: skip
+@click.option("--max-requests-per-key", default=0, metavar="N", type=click.IntRange(0),
+              help="So many of one API key.")  # fmt: skip
+@click.option("--max-requests-per-adapter", default=0, metavar="N", type=click.IntRange(0),
+              help="So many of one adapter.")  # fmt: skip
+@click.option("--request-timeout", default=0.0, metavar="SECONDS", type=click.FloatRange(0),
+              help="End an answer that is not complete by then, with 504.")  # fmt: skip
+@click.option("--engine", metavar="URL", help="Stand in front of a vLLM that runs already, rather than start one.")
+@click.option("--max-mix-error", default=0.1, show_default=True, metavar="SHARE", type=click.FloatRange(0),
+              help="What a mix may lose of its norm when it is cut to --max-lora-rank.")  # fmt: skip
+@click.option("--mixes-kept", default=64, show_default=True, metavar="N", type=click.IntRange(1),
+              help="Mixes without a name that stay in the store.")  # fmt: skip
+@click.option("--takeover", is_flag=True,
+              help="Take the place of the server that runs there, without a failed request.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the command that would start vLLM, and start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print errors and the plan as JSON.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGS FOR VLLM]")
 def command(
-    base: str, watched: tuple[str, ...], named: tuple[str, ...], follow: str, host: str, port: int, max_loras: int,
-    max_lora_rank: int | None, roots: tuple[str, ...], home: str | None, dry_run: bool, as_json: bool,
-    arguments: tuple[str, ...],
+    base: str | None, watched: tuple[str, ...], named: tuple[str, ...], follow: str, host: str, port: int,
+    max_loras: int, max_cpu_loras: int, max_lora_rank: int | None, mode: str | None, probe: str, retention: str,
+    pins: tuple[str, ...], roots: tuple[str, ...], home: str | None, engine: str | None,
+    takeover: bool, dry_run: bool, as_json: bool, arguments: tuple[str, ...], **more: Any,
 ) -> None:  # fmt: skip
     """Serve BASE, a folder or a hub id, and its adapters, each new checkpoint as it appears.
 
     \b
     lorakit serve models/llama --watch runs
     lorakit serve meta-llama/Llama-3.1-8B --adapter sql=runs/sql --follow best -- --gpu-memory-utilization 0.8
+    lorakit serve models/llama --watch runs --follow best --min-delta 0.01 --min-steps 200 --probe prompts.jsonl
+    lorakit serve models/llama --engine http://127.0.0.1:8001 --port 8000 --watch runs
 
-    A request's `model` is the base's name, a run (`sql`), an alias (`sql@best`) or a revision (`sql@step-500`).
+    A request's `model` is the base's name, a run (`sql`), an alias (`sql@best`), a revision (`sql@step-500`) or a mix
+    (`mix(sql@best=0.7,chat=0.3)`).
     """
     from lorakit.merge.base import read_base
     from lorakit.server import vllm
+    from lorakit.server.running import run_engine, run_in_front
     from lorakit.server.settings import from_mapping, named_path
-    from lorakit.server.supervisor import listen
     from lorakit.store.names import check_name
-    from lorakit.store.serving import serving
-    from lorakit.store.store import Store
 
-    found = vllm.installed()
-    vllm.refuse_own_flags(arguments)
-    model = read_base(base)
-    name = base_name(base)
+    if engine is not None:
+        _refuse_beside_engine(engine, takeover=takeover, dry_run=dry_run, arguments=arguments)
+    elif base is None:
+        raise UsageError("name the BASE that vLLM is to serve, or an --engine that serves one")
+    else:
+        found = vllm.installed()
+        vllm.refuse_own_flags(arguments)
+    model = read_base(base) if base is not None else None
+    name = base_name(base) if base is not None else ""
     adapters = dict(named_path(text) for text in named)
     if len(adapters) < len(named):
         raise UsageError("--adapter: a name stands twice")
@@ -78,14 +132,27 @@ def command(
             "roots": [str(Path(folder).absolute()) for folder in roots],
             "follow": follow,
             "max_loras": max_loras,
+            "mode": mode or "",
+            "probe": str(Path(probe).absolute()) if probe else "",
+            "retention": str(Path(retention).absolute()) if retention else "",
+            "pins": pins,
+            "trust_request_chat_template": "--trust-request-chat-template" in arguments,
+            **more,
         }
     )
+    _refuse_unusable(settings)
     rank = vllm.allowed_rank(max_lora_rank or _largest_rank([*watched, *adapters.values()]))
+    if engine is not None:
+        folder = str(model.folder.resolve()) if model is not None else ""
+        _end_with(run_in_front(engine, settings, base_path=folder, max_rank=rank, host=host, port=port))
+        return
+    assert base is not None
+    assert model is not None
 
     def start(path: str) -> tuple[list[str], dict[str, str]]:
         line = vllm.command(
             found, base=str(model.folder.resolve()), name=name, socket=path, slots=max_loras, rank=rank,
-            extra=arguments,
+            memory=max_cpu_loras, extra=arguments,
         )  # fmt: skip
         environ = {**os.environ, **settings.as_environment()}
         return line, vllm.environment(found, environ, offline=Path(base).is_dir())
@@ -98,10 +165,38 @@ def command(
             print(" ".join(line))
         return
     what = f"vLLM {found.text}, base '{name}', rank up to {rank}"
-    with closing(listen(host, port)) as public:
-        Store(settings.store_home, model.identity).close()  # one that can't be used is said before vLLM is started
-        with serving(settings.store_home, model.identity, _url(host, public)):
-            _run(start, public, host, settings.drain, what)
+    _end_with(run_engine(start, settings, base=model.identity, host=host, port=port, takeover=takeover, what=what))
+
+
+def _refuse_beside_engine(url: str, *, takeover: bool, dry_run: bool, arguments: tuple[str, ...]) -> None:
+    """Raises UsageError where something was said that only makes sense for a vLLM that is to be started."""
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"--engine '{url}': write its address, http://HOST:PORT")
+    said = {"--takeover": takeover, "--dry-run": dry_run, "arguments for vLLM": arguments}
+    for what, given in said.items():
+        if given:
+            raise UsageError(f"--engine names a vLLM that runs already, so there is nothing to do for {what}")
+
+
+def _refuse_unusable(settings: Settings) -> None:
+    """Raises NotFound, UsageError where a file can't be read, or what was said can't be; before vLLM is started."""
+    from lorakit.server.retention import retention_of
+    from lorakit.server.smoke import read_smokes
+
+    _ = settings.following  # which metric is better as it is less, or more
+    retention_of(settings.keep_revisions, settings.retention)
+    if settings.probe:
+        read_smokes(Path(settings.probe))
+    if 0 < settings.max_loras <= len(settings.pins):
+        raise UsageError(
+            f"--pin: {len(settings.pins)} names leave no place for another adapter, or for their own next revision, in "
+            f"--max-loras {settings.max_loras}: pin fewer, or raise it"
+        )
+
+
+def _end_with(code: int) -> None:
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 def base_name(base: str) -> str:
@@ -109,26 +204,6 @@ def base_name(base: str) -> str:
     if Path(base).is_dir():
         return os.path.basename(os.path.abspath(base))
     return base.partition("@")[0].rpartition("/")[2]
-
-
-def _run(start: Command, public: socket, host: str, drain: float, what: str) -> None:
-    from lorakit.server import vllm
-    from lorakit.server.supervisor import Supervisor
-
-    print(f"lorakit: {what}, on {_url(host, public)}", file=sys.stderr, flush=True)
-
-    async def supervise() -> int:
-        supervisor = Supervisor(public, start, drain=drain, phase_of=vllm.phase_of)
-        await supervisor.run()
-        return supervisor.exit_code
-
-    code = asyncio.run(supervise())
-    if code:
-        raise click.exceptions.Exit(code)
-
-
-def _url(host: str, public: socket) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{public.getsockname()[1]}"
 
 
 def _largest_rank(folders: list[str]) -> int:

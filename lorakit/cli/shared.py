@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorakit.cli.tables import printable
 from lorakit.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorakit.server.client import Client
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,6 +25,21 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def dry_run_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")(function)
+
+
+def url_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Which running server to ask; `server_at` makes something of it."""
+    return click.option(
+        "--url", envvar="LORAKIT_URL", show_envvar=True, default="http://127.0.0.1:8000", show_default=True,
+        help="A running server; its key is taken from LORAKIT_API_KEY.",
+    )(function)  # fmt: skip
+
+
+def server_at(url: str) -> Client:
+    """Raises UsageError when it is no address."""
+    from lorakit.server.client import Client
+
+    return Client(url, os.environ.get("LORAKIT_API_KEY", ""))
 
 
 def rank_options(function: Callable[..., Any]) -> Callable[..., Any]:

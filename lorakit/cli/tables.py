@@ -5,33 +5,41 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Names to the left, numbers to the right; a table on a terminal, plain columns elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(rich_table(head, rows))
+        return
     cells = [[printable(cell) for cell in row] for row in rows]
     right = [all(_is_number(row[i]) for row in cells) for i in range(len(head))]
-    if sys.stdout.isatty():
-        _print_rich_table(head, cells, right)
-        return
     widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
     for row in (head, *cells):
         padded = [f"{cell:{'>' if right[i] else '<'}{widths[i]}}" for i, cell in enumerate(row)]
         print("  ".join(padded).rstrip())
 
 
-def _print_rich_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
+def rich_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The same for a terminal."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    cells = [[printable(cell) for cell in row] for row in rows]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, number in zip(head, right, strict=True):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    for row in rows:
+    for number, name in enumerate(head):
+        right = all(_is_number(row[number]) for row in cells)
+        table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in cells:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    return table
 
 
 def _is_number(cell: str) -> bool:

@@ -10,10 +10,12 @@ from lorakit.store.catalog import Revision
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Times are seconds since the request's head was read; tokens are None where the answer did not say them.
+    """A request that asked for a model. Times are seconds since its head was read; tokens are None where the answer
+    did not say them.
 
     `status` is 499 where the client left before the answer ended, and `revision` None for the base, and where the
-    request reached no model.
+    request reached no model. `pieces` counts the events of a stream: one for each token, or for some at once. `broke`:
+    a stream ended in an error after its status was sent.
     """
 
     model: str  # as it was asked for
@@ -26,6 +28,8 @@ class Answered:
     waited: float = 0.0  # until its revision was in the engine
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    pieces: int = 0
+    broke: bool = False
 
 
 Observer = Callable[[Answered], None]

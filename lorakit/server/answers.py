@@ -16,8 +16,8 @@ class PlainJSON(JSONResponse):
 
 
 def error_response(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
-    """An error in OpenAI's shape; with 503 a `Retry-After`."""
-    headers = {"Retry-After": "2"} if status == 503 else None
+    """An error in OpenAI's shape; with 429 and 503 a `Retry-After`."""
+    headers = {"Retry-After": {429: "1", 503: "2"}[status]} if status in (429, 503) else None
     return PlainJSON(
         {"error": {"message": message, "type": kind, "param": param, "code": status}}, status, headers=headers
     )

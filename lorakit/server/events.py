@@ -7,11 +7,11 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-log = logging.getLogger("lorakit")
+from lorakit.server.logs import log
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +27,11 @@ class Event:
         return f"id: {self.number}\nevent: {self.kind}\ndata: {json.dumps(body)}\n\n"
 
 
-def log_to_stderr() -> None:
-    """Show lorakit's own lines beside the engine's, unless the program that this runs in has set up logging for it."""
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("lorakit: %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-
-
 class Events:
-    """The last thousand events, and a way to wait for more."""
+    """The last thousand events, and a way to wait for more; `listeners` are told each at once, on the event loop."""
 
     def __init__(self) -> None:
+        self.listeners: list[Callable[[Event], None]] = []
         self._kept: deque[Event] = deque(maxlen=1000)
         self._count = 0
         self._more = asyncio.Event()
@@ -48,10 +39,14 @@ class Events:
     def tell(self, kind: str, message: str, **data: Any) -> None:
         """Record an event, and log its message in one line."""
         self._count += 1
-        self._kept.append(Event(self._count, kind, time.time(), {"message": message, **data}))
-        log.log(logging.WARNING if kind in ("refused", "stalled", "failed") else logging.INFO, "%s", message)
+        event = Event(self._count, kind, time.time(), {"message": message, **data})
+        self._kept.append(event)
+        level = logging.WARNING if kind in ("refused", "stalled", "failed") else logging.INFO
+        log.log(level, "%s", message, extra={"fields": {"event": kind, **data}})
         self._more.set()
         self._more = asyncio.Event()
+        for listener in self.listeners:
+            listener(event)
 
     async def since(self, number: int) -> AsyncIterator[Event | None]:
         """Events after `number`, for ever; None every 15 s in which nothing happens. A number that is still to come is

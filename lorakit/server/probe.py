@@ -23,6 +23,7 @@ from typing import Any
 from lorakit.adapters.reading import load_adapter
 from lorakit.convert.answers import MERGE, Check
 from lorakit.errors import EngineFailed, LorakitError
+from lorakit.server.engine_process import end_with_parent
 from lorakit.server.vllm import (
     Installed,
     allowed_rank,
@@ -161,7 +162,9 @@ def _logprobs_of_engine(
 @contextmanager
 def _running(command: Sequence[str], variables: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, env=variables, stdout=stream, stderr=stream, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=variables, stdout=stream, stderr=stream, start_new_session=True, preexec_fn=end_with_parent
+        )
     try:
         yield process
     finally:

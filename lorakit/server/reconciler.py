@@ -1,26 +1,37 @@
 """What should be served, compared with what is, one safe step at a time.
 
-What should be stands in the store, so whichever process dies, the next one converges to it.
+What should be stands in the store, so whichever process dies, the next one converges to it. A change of what is served
+is one transaction of the store, and waits for no engine: what it needs is in the engine before it begins.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from lorakit.checkpoints.finished import look_at
-from lorakit.checkpoints.runs import Candidate, candidates_of
+from lorakit.checkpoints.runs import candidates_of
 from lorakit.errors import Incomplete, LorakitError, NotFound, Refused
 from lorakit.merge.base import BaseModel
+from lorakit.server.arrivals import Arrivals
+from lorakit.server.changes import Changes
 from lorakit.server.engine import Engine, LoadFailed
-from lorakit.server.intake import take_in, why_never_served
+from lorakit.server.following import finished_between
+from lorakit.server.guard import Guard
+from lorakit.server.intake import why_never_served
 from lorakit.server.residency import NoSlot
-from lorakit.server.served import Served, Waiting, about
+from lorakit.server.retention import going, retention_of
+from lorakit.server.served import Served, about
 from lorakit.server.settings import Settings
-from lorakit.server.watcher import Place, Sight, Watcher
+from lorakit.server.smoke import read_smokes, what_fails
+from lorakit.server.watcher import Sight
 from lorakit.store.catalog import Revision, Run, best, latest
-from lorakit.store.names import check_alias, check_name, parse_selector
+from lorakit.store.mixes import RUN as MIXES
+from lorakit.store.names import check_alias, check_name, parse_selector, split_model
 from lorakit.store.store import Store
 
 
@@ -31,14 +42,18 @@ class Reconciler(Served):
         super().__init__(settings, engine, store)
         self.base = base
         self.converged = False
-        self._watcher = Watcher(
-            [Path(folder) for folder in settings.watch],
-            {name: Path(folder) for name, folder in settings.adapters.items()},
-            quiet=settings.quiet,
-        )
-        self._absent: set[Place] = set()
+        self._changes = Changes()
+        self._arrivals = Arrivals(self, base, self._changes)
+        self._smokes = read_smokes(Path(settings.probe)) if settings.probe else ()
+        self._retention = retention_of(settings.keep_revisions, settings.retention)
+        self._guard = Guard(self, self._go_back)
+        self.observers.append(self._guard.observe)
+        self._following: dict[str, asyncio.Task[None]] = {}
+        self._unsettled: set[str] = set()  # runs of which something changed since they were compared
+        self._moved: dict[str, float] = {}  # when a run that is followed was last loaded
+        self._troubles: dict[str, str] = {}  # what was told of a run that could not be brought to where it should be
+        self._readying: asyncio.Task[None] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
-        self._turn = asyncio.Lock()  # intake, convergence and administration, one at a time
         self._wake = asyncio.Event()
 
     # the loop
@@ -47,12 +62,31 @@ class Reconciler(Served):
         """Know again what was served before: requests for it are answered from now on, loaded as they ask."""
         await asyncio.to_thread(self.store.remove_unknown)
         self.runs = await asyncio.to_thread(self.store.runs)
+        self.passed_over = await asyncio.to_thread(self.store.passed_over)
+        await self.mixes.recall(self.runs.pop(MIXES, Run(MIXES)), self.base.folder, self._changes)
+        self._unsettled |= self.runs.keys()
+
+    @property
+    def held(self) -> bool:
+        return self._changes.held
+
+    async def hold(self) -> None:
+        """Change nothing from now on, and go on answering: another server takes over."""
+        await self._changes.hold()
+
+    def resume(self) -> None:
+        """It did not."""
+        self._changes.resume()
 
     async def close(self) -> None:
         """Let go of the store, when `run` has ended."""
-        for task in self._leaving:
+        tasks = [*self._leaving, *self._following.values(), *([self._readying] if self._readying else ())]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._guard.close()
+        await self.residency.close()
+        await self.mixes.close()
         await asyncio.to_thread(self.store.close)
 
     async def run(self) -> None:
@@ -60,7 +94,7 @@ class Reconciler(Served):
         trouble = None
         while True:
             try:
-                await self.step()
+                await self._look()
                 trouble = None
             except Exception as error:  # one bad moment must not end the watching
                 named = str(error) if isinstance(error, LorakitError) else f"{type(error).__name__}: {error}"
@@ -85,135 +119,220 @@ class Reconciler(Served):
         return [path for path in (*self.settings.watch, *self.settings.adapters.values()) if Path(path).is_dir()]
 
     async def step(self) -> None:
-        """Look once, take in what is finished, and bring the engine and the aliases to where they should be."""
-        async with self._turn:
-            sights = await asyncio.to_thread(self._watcher.scan)
-            self._drop_vanished()
-            for sight in sights:
-                await self._consider(sight)
-            for run in list(self.runs.values()):
-                await self._converge(run)
-            if not self.converged and self._nothing_pending(sights):
-                await self._bring_back()
-                self.converged = True
-                self.events.tell("ready", f"ready: {len(self.runs)} adapters are served", adapters=sorted(self.runs))
+        """Look once, and wait until all that follows from it is done."""
+        await self._look()
+        while tasks := [*self._following.values(), *([self._readying] if self._readying else ())]:
+            await asyncio.gather(*tasks)
 
-    def _nothing_pending(self, sights: list[Sight]) -> bool:
+    async def _look(self) -> None:
+        """Take in what is finished, and begin to bring the engine and the aliases to where they should be."""
+        sights = await self._arrivals.look()
+        for group in self._arrivals.in_order(sights):
+            for sight in group:
+                await self._arrivals.consider(sight)
+            self._unsettled |= {sight.candidate.run for sight in group}
+            self._begin_to_follow()
+        self._begin_to_follow()
+        self.mixes.look()
+        if not self.converged and self._readying is None and self._nothing_pending(sights):
+            self._readying = asyncio.create_task(self._become_ready())
+
+    def _nothing_pending(self, sights: Sequence[Sight]) -> bool:
         """Whether every adapter named at start is settled: a watched folder may hold unfinished ones for ever."""
-        settled = {run for run, known in self.runs.items() if self.usable(known)}
+        settled = {run for run, known in self.runs.items() if known.revisions}
         settled |= {run for (run, _), waiting in self.waiting.items() if waiting.state == "refused"}
         settling = any(sight.look.state == "whole" and not sight.ready for sight in sights)
         return self.settings.adapters.keys() <= settled and not settling
 
-    async def _bring_back(self) -> None:
-        """Load what aliases point at, as far as there are slots: the rest comes when it is asked for."""
-        wanted = [target for run in self.runs.values() for target in self.targets(run)]
-        for revision in wanted[: self.engine.limits.slots]:
-            with contextlib.suppress(NoSlot, LoadFailed):
-                await self.bring_in(revision)
-
-    def _drop_vanished(self) -> None:
-        """Forget what was said of folders that are gone; a named one that is not there has to be said."""
-        missing = self._watcher.missing
-        for name, folder in self._absent - missing.items():
-            self.waiting.pop((name, folder), None)
-        self._absent = set(missing.items())
-        self.waiting = {
-            (run, folder): waiting
-            for (run, folder), waiting in self.waiting.items()
-            if (run, folder) in self._absent or (run, folder) in self._watcher.places
-        }
-        for name, folder in missing.items():
-            if name not in self.runs:
-                self._note(Candidate(folder, name, "plain"), "refused", f"there is no folder '{folder}'")
-
-    # intake
-
-    async def _consider(self, sight: Sight) -> None:
-        candidate, look = sight.candidate, sight.look
-        if never := why_never_served(look):
-            self._note(candidate, "refused", never)
-            self._watcher.settle(sight)
-            return
-        if not sight.ready:
-            self._note(candidate, "incomplete", look.reason, stalled=sight.stalled)
-            if sight.stalled:
-                self._watcher.settle(sight)
-            return
+    async def _become_ready(self) -> None:
+        """Load what aliases point at, as far as there is place: the rest comes when it is asked for."""
         try:
-            check_name(candidate.run, self.engine.limits.base)
-            await self._take(sight)
-        except Incomplete as error:
-            self._note(candidate, "incomplete", str(error))
-        except Refused as error:
-            self._note(candidate, "refused", str(error))
-            self._watcher.settle(sight)
-        except Exception as error:  # a full disk, a file nobody thought of: the others are served meanwhile
-            named = str(error) if isinstance(error, LorakitError | OSError) else f"{type(error).__name__}: {error}"
-            self._note(candidate, "incomplete", f"it could not be taken in, and will be tried again: {named}")
+            while self._following:
+                await asyncio.gather(*self._following.values(), return_exceptions=True)
+            wanted = [target for run in self.runs.values() for target in self.targets(run)]
+            wanted += self.mixes.targets().values()
+            for revision in wanted[: self.residency.places]:
+                await self._bring_back(revision)
+            self.converged = True
+            self.events.tell("ready", f"ready: {len(self.runs)} adapters are served", adapters=sorted(self.runs))
+        except Exception as error:  # at the next look
+            self._tell_trouble("the server", error)
+        finally:
+            self._readying = None
 
-    async def _take(self, sight: Sight) -> None:
-        candidate, look = sight.candidate, sight.look
-        known = await asyncio.to_thread(self.store.source, candidate.run, str(candidate.folder))
-        served = candidate.run in self.runs or candidate.run not in self.settings.adapters
-        if known and known.signature == look.signature and served:
-            self._watcher.settle(sight)
-            self.waiting.pop(candidate.place, None)
-            return
-        rewritten = known is None or known.weights_signature != look.weights_signature
-        await self._take_in(candidate, sight, finished=rewritten, late=sight.early and known is None)
-        self._watcher.settle(sight)
+    # following
 
-    async def _take_in(self, candidate: Candidate, sight: Sight, *, finished: bool, late: bool) -> Revision:
-        taken = await asyncio.to_thread(
-            take_in, self.store, self.base, sight.look, run=candidate.run, kind=candidate.kind, step=candidate.step,
-            max_rank=self.engine.limits.max_rank, finished=finished, late=late,
-        )  # fmt: skip
-        revision = taken.revision
-        run = self.runs.setdefault(candidate.run, Run(candidate.run))
-        if revision.id not in run.revisions:
-            self._unproven.add(revision.id)
-            repaired = f", repaired: {revision.repaired}" if revision.repaired else ""
-            self.events.tell("found", f"{revision.name} is in the store{repaired}", **about(revision))
-        run.revisions[revision.id] = revision
-        if taken.finish:
-            run.finishes.append(taken.finish)
-        self.waiting.pop(candidate.place, None)
-        return revision
+    def _begin_to_follow(self) -> None:
+        for name in self._unsettled & self.runs.keys() - self._following.keys():
+            self._following[name] = asyncio.create_task(self._follow(name))
 
-    def _note(self, candidate: Candidate, state: str, reason: str, *, stalled: bool = False) -> None:
-        before = self.waiting.get(candidate.place)
-        if before is None or (before.state, before.reason) != (state, reason):
-            self.waiting[candidate.place] = Waiting(candidate, state, reason)
-            if state == "refused" or stalled:
-                kind = "stalled" if stalled else state
-                name = candidate.run if candidate.step is None else f"{candidate.run}@step-{candidate.step}"
-                self.events.tell(kind, f"{name} is {kind}: {reason}", adapter=candidate.run, reason=reason)
+    async def _follow(self, name: str) -> None:
+        """Bring a run to where it should be, for as long as something of it changes."""
+        try:
+            await self._settle(name)
+        finally:
+            del self._following[name]
 
-    # convergence
+    async def _settle(self, name: str) -> None:
+        while name in self._unsettled and (run := self.runs.get(name)) is not None:
+            self._unsettled.discard(name)
+            try:
+                await self._converge(run)
+                await self._let_go(run)
+                self._troubles.pop(name, None)
+            except NoSlot:
+                self._unsettled.add(name)  # at the next look
+                return
+            except Exception as error:
+                self._unsettled.add(name)
+                self._tell_trouble(name, error)
+                return
+
+    def _tell_trouble(self, name: str, error: Exception) -> None:
+        named = str(error) if isinstance(error, LorakitError) else f"{type(error).__name__}: {error}"
+        self._tell_once(name, f"{name} will be tried again: {named}")
+
+    def _tell_once(self, name: str, trouble: str) -> None:
+        """Until it is another, or over."""
+        if self._troubles.get(name) != trouble:
+            self.events.tell("failed", trouble, adapter=name)
+        self._troubles[name] = trouble
 
     async def _converge(self, run: Run) -> None:
         """Prove what the aliases that move by themselves should point at, then move the default one."""
-        while True:
-            wanted = self.followed(run)
-            if wanted is None:
-                break
-            if wanted.id in self._unproven or run.aliases.get("") != wanted.id:
-                try:
-                    await self.bring_in(wanted)
-                except LoadFailed:
-                    continue  # it counts no more: see what is next
-                except NoSlot:
-                    return  # at the next tick
-            if run.aliases.get("") != wanted.id:
-                await self.move(run, "", wanted, "follow")
-            break
+        seen = set(run.revisions)
+        while self.runs.get(run.name) is run and (wanted := self._to_move(run)) is not None:
+            if (soon := self._moved.get(run.name, -1e9) + self.settings.debounce - time.monotonic()) > 0:
+                await asyncio.sleep(soon)  # a run that writes faster is not loaded each time: see what is newest then
+                continue
+            self._moved[run.name] = time.monotonic()
+            seen = set(run.revisions)
+            try:
+                await self.bring_in(wanted, urgent=True)
+                passed = await self._passes(wanted)
+            except LoadFailed:
+                continue  # it counts no more: see what is next
+            async with self._changes.of(run.name):
+                current = self._to_move(run) if self.runs.get(run.name) is run else None
+                if passed and current is not None and current.id == wanted.id and run.aliases.get("") != wanted.id:
+                    await self.move(run, "", wanted, "follow")
         for revision in (latest(run.finishes, self.possible(run)), best(run.finishes, self.possible(run))):
             if revision is not None and revision.id in self._unproven:
                 with contextlib.suppress(LoadFailed, NoSlot):
                     await self.bring_in(revision)
         # what no alias points at is proven when it is first asked for
-        self._unproven -= run.revisions.keys()
+        self._unproven -= seen
+
+    def _to_move(self, run: Run) -> Revision | None:
+        """What the default alias should point at and does not yet, or not yet proven."""
+        wanted = self.followed(run)
+        if wanted is None or (wanted.id not in self._unproven and run.aliases.get("") == wanted.id):
+            return None
+        return wanted
+
+    async def _passes(self, revision: Revision) -> bool:
+        """Whether it answers the smoke prompts; what does not is passed over from then on.
+
+        Raises:
+            NoSlot: it can't be asked now.
+        """
+        if not self._smokes:
+            return True
+        resident = self.residency.use(revision.name)
+        if resident is None:
+            raise NoSlot(f"the engine was too busy to ask '{revision.name}' the smoke prompts")
+        try:
+            reason = await what_fails(self.engine, resident.engine_name, self._smokes)
+        finally:
+            self.residency.done(resident)
+        if reason is None:
+            return True
+        if not await self.engine.alive():
+            raise NoSlot(f"the engine ended while '{revision.name}' was asked the smoke prompts")
+        self._pass_over(revision, reason)
+        return False
+
+    def _pass_over(self, revision: Revision, reason: str) -> None:
+        self.passed_over[revision.id] = reason
+        self._unproven.discard(revision.id)
+        self._tell_held(revision, reason)
+
+    def _tell_held(self, revision: Revision, reason: str) -> None:
+        told = f"{revision.run} does not move to {revision.name}: {reason}"
+        self.events.tell("held", told, reason=reason, **about(revision))
+
+    async def _go_back(self, revision: Revision, reason: str) -> None:
+        """Point a name that follows at what it pointed at before, and never back by itself."""
+        run = self.runs.get(revision.run)
+        before = await self.before(run) if run is not None else None
+        if run is None or before is None:
+            self._tell_once(revision.run, f"{revision.name} fails, and '{revision.run}' pointed at nothing else before")
+            return
+        await self._prove(before)
+        async with self._changes.of(run.name):
+            if self.runs.get(run.name) is run and run.aliases.get("") == revision.id and not run.pinned:
+                # what finished in between was never asked by anybody; only what is newer is followed from here
+                between = f"it is not newer than {revision.name}, which the name went back from"
+                passed_over = dict.fromkeys(finished_between(run, before, revision), between) | {revision.id: reason}
+                await self.move(run, "", before, f"automatic rollback: {reason}", passed_over=passed_over)
+                self._tell_held(revision, reason)
+
+    # retention
+
+    async def _let_go(self, run: Run) -> None:
+        """Remove what nothing keeps: from what requests find, then from the store, the engine and the disk."""
+        if self._retention is None:
+            return
+        async with self._changes.of(run.name):
+            if self.runs.get(run.name) is not run:
+                return
+            held = await self._held(run)
+            gone = [one for one in going(run, self._retention, held, time.time()) if not self.is_busy(one)]
+            if not gone:
+                return
+            finishes = run.finishes
+            for revision in gone:
+                del run.revisions[revision.id]
+            run.finishes = [finish for finish in finishes if finish.revision in run.revisions]
+            try:
+                removed, folders = await asyncio.to_thread(self.store.remove, [one.id for one in gone])
+            except BaseException:
+                run.revisions |= {one.id: one for one in gone}
+                run.finishes = finishes
+                raise
+            run.revisions |= {one.id: one for one in gone if one.id not in removed}
+            for revision in gone:
+                self.forget_state(revision)
+            names = ", ".join(one.name for one in gone if one.id in removed)
+            self.events.tell("removed", f"{names} left the store, as nothing keeps it", adapter=run.name)
+        self._aside(self._leave([one.name for one in gone], folders))
+
+    async def _held(self, run: Run) -> dict[int, str]:
+        """What stays whatever the policies say: what names mean, what a rollback would go to, what is in use."""
+        held = {revision.id: "an alias means it" for revision in self.targets(run)}
+        held |= dict.fromkeys(run.aliases.values(), "an alias points at it")
+        if (final := run.select("final")) is not None:
+            held[final.id] = "it is the run's last save"
+        if (before := await self.before(run)) is not None:
+            held[before.id] = "a rollback goes to it"
+        held |= {id: "it is in use" for id, revision in run.revisions.items() if self.is_busy(revision)}
+        return held | {id: "it is new" for id in run.revisions if id in self._unproven}
+
+    async def _leave(self, names: list[str], folders: list[Path]) -> None:
+        for name in names:  # again, if a request that had found it before still waited for it
+            while self.residency.find(name) is not None and not self._is_served(name):
+                await self.residency.leave(name)
+        for folder in folders:
+            await asyncio.to_thread(self.store.remove_folder, folder)
+
+    def _is_served(self, name: str) -> bool:
+        run = self.runs.get(split_model(name)[0])
+        return run is not None and any(revision.name == name for revision in run.revisions.values())
+
+    def _aside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     # administration
 
@@ -226,10 +345,20 @@ class Reconciler(Served):
             LoadFailed: the engine refused it.
         """
         check_name(name, self.engine.limits.base)
-        async with self._turn:
-            return await self._load(name, folder)
+        self.mixes.refuse_taken(name)
+        async with self._changes.of(name):
+            revision = await self._taken_in(name, folder)
+        await self.bring_in(revision, urgent=True)
+        async with self._changes.of(name):
+            run = self._run_of(revision)
+            followed = self.followed(run)
+            moves_away = self.settings.follow != "manual" and followed is not None and followed.id != revision.id
+            # what a person asked for is not moved away again at the next look
+            await self.move(run, "", revision, "load", pinned=True if moves_away else None)
+        self._unsettled.add(name)
+        return revision
 
-    async def _load(self, name: str, folder: Path) -> Revision:
+    async def _taken_in(self, name: str, folder: Path) -> Revision:
         try:
             candidates = await asyncio.to_thread(candidates_of, folder, name)
         except OSError:
@@ -242,16 +371,9 @@ class Reconciler(Served):
                 if len(candidates) > 1:
                     continue
                 raise (Refused if never else Incomplete)(f"'{candidate.folder}': {never or look.reason}")
-            sight = Sight(candidate, look, ready=True, early=False)
-            revision = await self._take_in(candidate, sight, finished=True, late=False)
+            revision = await self._arrivals.take_in(Sight(candidate, look, ready=True, early=True))
         if revision is None:
             raise Incomplete(f"'{folder}' holds no finished adapter")
-        run = self.runs[name]
-        await self.bring_in(revision)
-        await self.move(run, "", revision, "load")
-        followed = self.followed(run)
-        if followed is not None and followed.id != revision.id:
-            await self.pin(run, True)  # what a person asked for is not moved away again at the next look
         return revision
 
     async def unload(self, name: str) -> None:
@@ -260,23 +382,16 @@ class Reconciler(Served):
         Raises:
             NotFound: there is no such name.
         """
-        async with self._turn:
+        async with self._changes.of(name):
             run = self.run_named(name)
             folders = await asyncio.to_thread(self.store.forget, name)
             del self.runs[name]
             self.events.tell("gone", f"{name} is no longer served", adapter=name)
             for revision in run.revisions.values():
-                self._unproven.discard(revision.id)
-                self._failed.pop(revision.id, None)
-        task = asyncio.create_task(self._leave([revision.name for revision in run.revisions.values()], folders))
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
-
-    async def _leave(self, names: list[str], folders: list[Path]) -> None:
-        for name in names:
-            await self.residency.leave(name)
-        for folder in folders:
-            await asyncio.to_thread(self.store.remove_folder, folder)
+                self.forget_state(revision)
+            for of_run in (self._moved, self._troubles):
+                of_run.pop(name, None)
+        self._aside(self._leave([revision.name for revision in run.revisions.values()], folders))
 
     async def set_alias(self, name: str, alias: str, selector: str) -> Revision:
         """Point an alias at whatever names a revision; the default one (empty, or the name) then stays there.
@@ -291,17 +406,17 @@ class Reconciler(Served):
             alias = ""
         else:
             check_alias(alias)
-        async with self._turn:
-            run = self.run_named(name)
-            selector = selector.removeprefix(f"{name}@")  # to `sql`, `sql@step-500` and `step-500` are the same
-            revision = run.select(selector, self.possible(run))
-            if revision is None:
-                raise NotFound(f"'{name}' has no revision '{selector}'")
-            await self.bring_in(revision)
-            await self.move(run, alias, revision, "set")
-            if not alias:
-                await self.pin(run, parse_selector(selector).alias != self.settings.follow)
-            return revision
+        selector = selector.removeprefix(f"{name}@")  # to `sql`, `sql@step-500` and `step-500` are the same
+        run = self.run_named(name)
+        revision = run.select(selector, self.possible(run))
+        if revision is None:
+            raise NotFound(f"'{name}' has no revision '{selector}'")
+        await self._prove(revision)
+        async with self._changes.of(name):
+            pinned = None if alias else parse_selector(selector).alias != self.settings.follow
+            await self.move(self._run_of(revision), alias, revision, "set", pinned=pinned)
+        self._unsettled.add(name)
+        return revision
 
     async def rollback(self, name: str) -> Revision:
         """Point the default alias at what it pointed at before, and keep it there.
@@ -309,13 +424,37 @@ class Reconciler(Served):
         Raises:
             NotFound: there is no such adapter, or nothing it pointed at before.
         """
-        async with self._turn:
-            run = self.run_named(name)
-            before = await asyncio.to_thread(self.store.previous, name, "")
-            revision = self.possible(run).get(before) if before is not None else None
-            if revision is None:
-                raise NotFound(f"'{name}' has pointed at nothing else before, so there is nothing to roll back to")
-            await self.bring_in(revision)
-            await self.move(run, "", revision, "rollback")
-            await self.pin(run, True)
-            return revision
+        revision = await self.before(self.run_named(name))
+        if revision is None:
+            raise NotFound(f"'{name}' has pointed at nothing else before, so there is nothing to roll back to")
+        await self._prove(revision)
+        async with self._changes.of(name):
+            await self.move(self._run_of(revision), "", revision, "rollback", pinned=True)
+        return revision
+
+    async def _prove(self, revision: Revision) -> None:
+        """Have it tried out; what was before need not wait for a slot, so that to go back takes effect at once.
+
+        Raises:
+            LoadFailed, NoSlot: as `bring_in`.
+        """
+        if revision.id not in self._proven:
+            await self.bring_in(revision, urgent=True)
+        elif self.residency.find(revision.name) is None:
+            self._aside(self._bring_back(revision))
+
+    async def _bring_back(self, revision: Revision) -> None:
+        with contextlib.suppress(LoadFailed, NoSlot):
+            await self.bring_in(revision, urgent=True)
+
+    async def before(self, run: Run) -> Revision | None:
+        """What the default alias pointed at before, if that can be served."""
+        before = await asyncio.to_thread(self.store.previous, run.name, "")
+        return self.possible(run).get(before) if before is not None else None
+
+    def _run_of(self, revision: Revision) -> Run:
+        """Raises NotFound when it was removed meanwhile."""
+        run = self.run_named(revision.run)
+        if revision.id not in run.revisions:
+            raise NotFound(f"'{revision.name}' was removed meanwhile")
+        return run

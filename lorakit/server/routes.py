@@ -19,12 +19,17 @@ from lorakit import __version__
 from lorakit.errors import Conflict, LorakitError, NotFound, Refused
 from lorakit.server.answers import PlainJSON, error_response
 from lorakit.server.engine import LoadFailed
+from lorakit.server.metrics import CONTENT_TYPE, Metrics
+from lorakit.server.mix_making import MixNotMade, MixRefused
+from lorakit.server.mix_routes import mix_router
 from lorakit.server.reconciler import Reconciler
 from lorakit.server.residency import NoSlot
 from lorakit.server.views import adapter_view, model_cards
 
 STATUS: tuple[tuple[type[LorakitError], int, str], ...] = (
     (NotFound, 404, "NotFoundError"),
+    (MixRefused, 422, "UnprocessableEntityError"),
+    (MixNotMade, 503, "ServiceUnavailableError"),
     (Refused, 400, "BadRequestError"),
     (LoadFailed, 400, "BadRequestError"),
     (Conflict, 409, "ConflictError"),
@@ -63,7 +68,7 @@ class UnloadRequest(BaseModel):
     lora_int_id: int | None = None
 
 
-def routes_for(reconciler: Reconciler) -> FastAPI:
+def routes_for(reconciler: Reconciler, metrics: Metrics) -> FastAPI:
     """The app that answers lorakit's routes."""
     app = FastAPI(
         title="lorakit", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
@@ -73,8 +78,9 @@ def routes_for(reconciler: Reconciler) -> FastAPI:
     app.add_exception_handler(LorakitError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.state.reconciler = reconciler
+    app.state.reconciler, app.state.metrics = reconciler, metrics
     app.include_router(_router())
+    app.include_router(mix_router())
     return app
 
 
@@ -91,6 +97,7 @@ def _router() -> Any:
 
     router = APIRouter(tags=["lorakit"])
     router.add_api_route("/ready", ready, methods=["GET"])
+    router.add_api_route("/metrics", metrics, methods=["GET"])
     router.add_api_route("/v1/models", models, methods=["GET"])
     router.add_api_route("/v1/models/{model:path}", model, methods=["GET"])
     router.add_api_route("/v1/adapters", adapters, methods=["GET"])
@@ -112,6 +119,11 @@ async def ready(known: Known) -> JSONResponse:
         return PlainJSON({"status": "starting", "reason": "adapters are being loaded"}, 503, {"Retry-After": "1"})
     refused = sorted({waiting.candidate.run for waiting in known.waiting.values() if waiting.state == "refused"})
     return PlainJSON({"status": "ready", "adapters": sorted(known.runs), "refused": refused})
+
+
+async def metrics(request: Request) -> Response:
+    """The engine's own metrics and lorakit's, in Prometheus' text format."""
+    return Response(await request.app.state.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 async def models(known: Known) -> dict[str, Any]:
@@ -136,10 +148,11 @@ async def adapters(known: Known) -> dict[str, Any]:
 
 
 async def adapter(known: Known, name: str) -> dict[str, Any]:
-    """One name."""
+    """One name, and what a rollback of it would lead to."""
     if name not in known.runs and all(waiting.candidate.run != name for waiting in known.waiting.values()):
         raise NotFound(f"there is no adapter '{name}'")
-    return adapter_view(known, name)
+    previous = await known.before(known.runs[name]) if name in known.runs else None
+    return {**adapter_view(known, name), "previous": previous.name if previous else None}
 
 
 async def add_adapter(known: Known, new: NewAdapter) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Its state changes on the event loop alone, so what a request sees between two of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from lorakit.errors import NotFound
 from lorakit.server.answered import Answered, Observer
 from lorakit.server.engine import Engine, LoadFailed
 from lorakit.server.events import Events
-from lorakit.server.residency import Residency
+from lorakit.server.following import followed, why_not
+from lorakit.server.mixes import Mixes
+from lorakit.server.residency import NoSlot, Residency
 from lorakit.server.settings import Settings
 from lorakit.server.watcher import Place
 from lorakit.store.catalog import Revision, Run, best, latest
@@ -40,14 +42,18 @@ class Served:
         self.engine = engine
         self.store = store
         self.events = Events()
-        self.residency = Residency(engine)
+        self.residency = Residency(engine, kept=self.is_kept, pinned=self.is_pinned, fair_wait=settings.fair_wait)
         self.runs: dict[str, Run] = {}
         self.waiting: dict[Place, Waiting] = {}
         self.requests: dict[int, int] = {}
         self.observers: list[Observer] = []  # each is told of every answer when it has ended
         self._unproven: set[int] = set()  # found, and not yet tried out in the engine
+        self._proven: set[int] = set()  # once in the engine, and answered there
         self._failed: dict[int, str] = {}  # refused by the engine, with its reason
+        self.passed_over: dict[int, str] = {}  # what no default alias moves to by itself, with the reason
         self._loading: set[int] = set()
+        self._seconds: dict[int, dict[str, float]] = {}  # that it took until the engine, of what is on its way there
+        self.mixes = Mixes(self)
 
     def resolve(self, model: str) -> Revision | None:
         """The revision that a `model` means; None for the base.
@@ -61,10 +67,16 @@ class Served:
         run = self.runs.get(name)
         revision = None
         if run is not None:
-            revision = run.select(selector, self.usable(run))
+            # a name by itself is asked for at every request, and a run may have thousands of revisions
+            revision = self._default(run) if selector is None else run.select(selector, self.usable(run))
+        revision = revision or self.mixes.find(model)
         if revision is None:
             raise NotFound(f"The model `{model}` does not exist{self._why_not(name, run)}")
         return revision
+
+    def _default(self, run: Run) -> Revision | None:
+        target = run.aliases.get("", -1)
+        return None if target in self._unproven or target in self._failed else run.revisions.get(target)
 
     def usable(self, run: Run) -> list[int]:
         """The revisions that a request may name: in the engine, or brought in when it asks."""
@@ -80,7 +92,8 @@ class Served:
         return ": GET /v1/models lists what there is."
 
     def state_of(self, revision: Revision) -> tuple[str, str | None]:
-        """State and reason, in the words of `/v1/adapters`."""
+        """State and reason, in the words of `/v1/adapters`; the reason of what is ready is why its run does not move
+        there by itself."""
         if revision.id in self._failed:
             return "refused", self._failed[revision.id]
         resident = self.residency.find(revision.name)
@@ -88,16 +101,11 @@ class Served:
             return "loading", None
         if resident is not None and resident.draining:
             return "draining", None
-        return "ready", None
+        return "ready", self.passed_over.get(revision.id) or why_not(revision, self.settings.following)
 
     def followed(self, run: Run) -> Revision | None:
-        """Where the default alias should point; `manual` leaves it where it was first, or where a person moved it."""
-        possible = self.possible(run)
-        if run.pinned or (self.settings.follow == "manual" and "" in run.aliases):
-            return possible.get(run.aliases.get("", -1))
-        if self.settings.follow == "best":
-            return best(run.finishes, possible) or latest(run.finishes, possible)
-        return latest(run.finishes, possible)
+        """Where the default alias should point; None when it stays as it is."""
+        return followed(run, self.possible(run), self.settings.following, self.passed_over)
 
     def possible(self, run: Run) -> dict[int, Revision]:
         return {id: revision for id, revision in run.revisions.items() if id not in self._failed}
@@ -111,8 +119,13 @@ class Served:
 
     # steps
 
-    async def bring_in(self, revision: Revision) -> None:
-        """Have a revision in the engine, with a first token that is a number.
+    def found(self, revision: Revision, seconds: dict[str, float]) -> None:
+        """It is new in the store: no alias means it before it was tried out. `seconds` it took to get there."""
+        self._unproven.add(revision.id)
+        self._seconds[revision.id] = seconds
+
+    async def bring_in(self, revision: Revision, *, urgent: bool = False) -> None:
+        """Have a revision in the engine, with a first token that is a number; `urgent`: without waiting for its turn.
 
         Raises:
             LoadFailed: the engine refused it: it is not served any more.
@@ -120,39 +133,82 @@ class Served:
         """
         self._loading.add(revision.id)
         try:
-            await self.residency.ensure(
-                revision.name, revision.folder,
-                keep=self.kept(), wait=self.settings.load_wait, prove=True,
-            )  # fmt: skip
+            await self.residency.ensure(revision.name, revision.folder, wait=self.settings.load_wait, urgent=urgent)
         except LoadFailed as error:
+            if not await self.engine.alive():  # nothing is known of the adapter by that
+                raise NoSlot(f"the engine does not answer, so '{revision.name}' was not loaded") from None
+            if not self._is_known(revision):
+                raise
             self._failed[revision.id] = str(error)
             self.events.tell(
-                "refused", f"{revision.name} is refused by the engine: {error}", reason=str(error), **about(revision)
-            )
+                "refused", f"{revision.name} is refused by the engine: {error}", reason=str(error), cause="engine",
+                **about(revision),
+            )  # fmt: skip
             raise
         finally:
             self._loading.discard(revision.id)
+        self._proven.add(revision.id)
         if revision.id in self._unproven or revision.id in self._failed:
             self._unproven.discard(revision.id)
             self._failed.pop(revision.id, None)
-            self.events.tell("loaded", f"{revision.name} is in the engine", **about(revision))
+            resident = self.residency.find(revision.name)
+            seconds = {**self._seconds.pop(revision.id, {}), "engine": resident.seconds if resident else 0.0}
+            self.events.tell("loaded", f"{revision.name} is in the engine", seconds=seconds, **about(revision))
 
     def answered(self, answer: Answered) -> None:
         for observer in self.observers:
             observer(answer)
 
-    def kept(self) -> Collection[str]:
-        return {revision.name for run in self.runs.values() for revision in self.targets(run)}
+    def is_kept(self, name: str) -> bool:
+        """Whether a revision of this name should stay in the engine, if others can go: an alias means it."""
+        run = self.runs.get(split_model(name)[0])
+        targets = self.mixes.targets().values() if run is None else self.targets(run)
+        return any(target.name == name for target in targets)
 
-    async def move(self, run: Run, alias: str, revision: Revision, why: str) -> None:
-        await asyncio.to_thread(self.store.move_alias, run.name, alias, revision.id, why)
+    def is_pinned(self, name: str) -> bool:
+        """Whether it never leaves the engine: it is what a name means that was said to stay."""
+        run = self.runs.get(split_model(name)[0])
+        if run is None:
+            targets = self.mixes.targets()
+            return any(mix in targets and targets[mix].name == name for mix in self.settings.pins)
+        target = run.revisions.get(run.aliases.get("", -1)) if run.name in self.settings.pins else None
+        return target is not None and target.name == name
+
+    def is_busy(self, revision: Revision) -> bool:
+        """Whether requests use a revision, or wait for it, or for a mix that is made of it."""
+        resident = self.residency.find(revision.name)
+        in_engine = revision.id in self._loading or (resident is not None and resident.busy)
+        return in_engine or self.mixes.is_made_of(revision)
+
+    def forget_state(self, revision: Revision) -> None:
+        """What was known of a revision that is served no more."""
+        self._unproven.discard(revision.id)
+        self._failed.pop(revision.id, None)
+        self._proven.discard(revision.id)
+        self._seconds.pop(revision.id, None)
+        self.passed_over.pop(revision.id, None)
+        self.requests.pop(revision.id, None)
+
+    async def move(
+        self, run: Run, alias: str, revision: Revision, why: str, *, pinned: bool | None = None,
+        passed_over: Mapping[int, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Point an alias at a revision, for the next request on; the rest as in the store."""
+        await asyncio.to_thread(
+            self.store.move_alias, run.name, alias, revision.id, why, pinned=pinned, passed_over=passed_over
+        )
         run.aliases[alias] = revision.id
+        self.passed_over |= passed_over or {}
+        self.passed_over.pop(revision.id, None)
+        if pinned is not None:
+            run.pinned = pinned
         shown = f"{run.name}@{alias}" if alias else run.name
-        self.events.tell("alias", f"{shown} is now {revision.name}", alias=shown, **about(revision))
+        self.events.tell("alias", f"{shown} is now {revision.name}", alias=shown, why=why, **about(revision))
 
-    async def pin(self, run: Run, pinned: bool) -> None:
-        run.pinned = pinned
-        await asyncio.to_thread(self.store.pin, run.name, pinned)
+    def _is_known(self, revision: Revision) -> bool:
+        """Whether it was not forgotten meanwhile."""
+        run = self.runs.get(revision.run)
+        return revision.id in (run.revisions if run is not None else {one.id for one in self.mixes.revisions()})
 
     def run_named(self, name: str) -> Run:
         run = self.runs.get(name)

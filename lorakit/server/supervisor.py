@@ -1,40 +1,53 @@
 """The process that `lorakit serve` is: owns the address, starts the engine, watches it, starts it again.
 
-It imports no torch. The listening socket is handed down to the engine, so the address never closes: while no engine
-answers, this process accepts there itself and says 503 with the reason.
+It imports no torch. The listening socket is lent to the engine, so the address never closes: while no engine answers,
+this process accepts there itself and says 503 with the reason. Another server may take it over (takeover.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
+import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from lorakit.errors import Conflict, EngineFailed, UsageError
 from lorakit.files.folders import temporary_folder
 from lorakit.server.answers import unavailable
-from lorakit.server.listener import CONTROL_FD, LISTEN_FD, QuietServer, public_server, say, words
+from lorakit.server.engine_process import Command, EngineProcess, PhaseOf
+from lorakit.server.line import Line
+from lorakit.server.listener import LEAVING, QuietServer, public_server
+from lorakit.server.logs import LogFormat, own_line
+from lorakit.server.request_id import identified
+from lorakit.server.takeover import accepted, door
 
-SILENT = 15.0  # seconds without a sign of life, after which requests are answered here
-HUNG = 60.0  # the same, after which the engine is ended and started again
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 RUNTIME_PREFIX = "lorakit-run-"  # of a private folder for sockets, whose paths have to be short
-_LAST_LINES = 40
 
-Command = Callable[[str], tuple[list[str], dict[str, str]]]  # from a private socket's path: arguments, variables
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds: that requests in flight have at the end; without a sign of life, until requests are answered here, and
+    until the engine is started again; without a line in its log, while an engine starts; and for an engine to end when
+    nothing is in flight any more."""
+
+    drain: float = 10.0
+    silent: float = 15.0
+    hung: float = 60.0
+    start: float = 1800.0
+    ending: float = 10.0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,7 +69,9 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         bound.close()
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise Conflict(f"port {port} on {host} is taken: name another with --port") from None
+            raise Conflict(
+                f"port {port} on {host} is taken: name another with --port, or --takeover if it is a server of lorakit"
+            ) from None
         raise UsageError(f"can't listen on {host} port {port}: {error}") from None
     return bound
 
@@ -68,24 +83,35 @@ def _place_for_sockets() -> Path:
 
 
 class Supervisor:
-    """Runs one engine until it is told to stop. `phase_of` reads what the engine is doing from a line of its log."""
+    """Runs one engine until it is told to stop. `phase_of` reads what the engine is doing from a line of its log;
+    `taken` is the line to the server that this one takes over from, `way_in` where another may take over from this."""
 
     def __init__(
-        self, public: socket.socket, command: Command, *, drain: float, phase_of: Callable[[str], str | None]
-    ) -> None:
+        self, public: socket.socket, command: Command, *, phase_of: PhaseOf, times: Times,
+        log_format: LogFormat = "text", way_in: Path | None = None, taken: socket.socket | None = None,
+    ) -> None:  # fmt: skip
         self._public = public
         self._command = command
-        self._drain = drain
         self._phase_of = phase_of
+        self._times = times
+        self._log_format = log_format
+        self._way_in = way_in
+        self._taken = Line(taken) if taken is not None else None
         self._reason = "the engine is starting"
+        self._again_at = 0.0
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
         self.exit_code = 0
+        self._engine: EngineProcess | None = None
+        self._ended: deque[dict[str, Any]] = deque(maxlen=4)
+        self._lets_go = asyncio.Event()  # the server before this one changes nothing any more
+        self._held = False  # another server is about to take over
+        self._succeeded = False  # it has
         self._answering: asyncio.Task[None] | None = None
         self._server: QuietServer | None = None
 
     async def run(self) -> None:
-        """Until SIGINT or SIGTERM.
+        """Until SIGINT or SIGTERM, or until another server has taken over.
 
         Raises:
             EngineFailed: the engine never came up; its own last words are in the message.
@@ -93,35 +119,52 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop, number)
-        was_up, failures, starts = False, 0, 0
-        with temporary_folder(_place_for_sockets(), RUNTIME_PREFIX, 0o700) as runtime:
+        with temporary_folder(_place_for_sockets(), RUNTIME_PREFIX, 0o700) as runtime, door(self._way_in) as way_in:
+            others = [asyncio.create_task(self._hear_successors(way_in))]
+            if (taken := self._taken) is not None:
+                others.append(asyncio.create_task(self._hear_predecessor(taken)))
             try:
-                while not self._stopping.is_set():
-                    await self._answer_here()
-                    started = time.monotonic()
-                    # a path of its own for each: a socket's file outlives a process that was killed
-                    command = self._command(str(runtime / f"{starts}.sock"))
-                    engine = EngineProcess(command, self._public, self._phase_of)
-                    starts += 1
-                    try:
-                        up = await self._watch(engine)
-                    finally:
-                        await engine.end(self._drain, self._at_once)
-                    if self._stopping.is_set():
-                        break
-                    if not (was_up or up):
-                        raise EngineFailed(f"vLLM did not start:\n{engine.last_words}")
-                    was_up = True
-                    failures = 0 if up and time.monotonic() - started > 60 else failures + 1
-                    await self._pause(engine.how_it_ended, BACKOFF[min(failures, len(BACKOFF)) - 1] if failures else 0)
+                await self._run_engines(runtime)
             finally:
+                for other in others:
+                    other.cancel()
+                await asyncio.gather(*others, return_exceptions=True)
                 await self._leave_to_engine()
                 self._public.close()
+                if taken is not None:
+                    taken.close()
+
+    async def _run_engines(self, runtime: Path) -> None:
+        was_up, failures, starts = False, 0, 0
+        while not self._stopping.is_set():
+            if self._taken is None:
+                await self._answer_here()
+            # a path of its own for each: a socket's file outlives a process that was killed
+            engine = EngineProcess(
+                self._command(str(runtime / f"{starts}.sock")), self._phase_of, self._times.drain + self._times.ending,
+                self._log_format,
+            )  # fmt: skip
+            self._engine = engine
+            starts += 1
+            try:
+                await self._watch(engine)
+            finally:
+                patience = LEAVING if self._succeeded else self._times.drain
+                await engine.end(patience + self._times.ending, self._at_once)
+            if self._stopping.is_set():
+                break
+            if not (was_up or engine.listening):
+                raise EngineFailed(f"vLLM did not start: {engine.how_it_ended}\n{engine.last_words}")
+            was_up = True
+            failures = 0 if engine.listening and engine.age > 60 else failures + 1
+            self._ended.append(engine.as_ended())
+            await self._pause(engine.how_it_ended, BACKOFF[min(failures, len(BACKOFF)) - 1] if failures else 0)
 
     async def _pause(self, how: str, seconds: float) -> None:
         """Before the next start, longer each time that it fails soon."""
         self._say(f"the engine ended ({how}); it is started again in {seconds:g} s")
-        self._reason = "the engine ended and is started again"
+        self._reason = f"the engine ended ({how}) and is started again"
+        self._again_at = time.monotonic() + seconds
         await self._answer_here()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -136,45 +179,132 @@ class Supervisor:
             self._say("stopping")
             self._stopping.set()
 
-    async def _watch(self, engine: EngineProcess) -> bool:
-        """Until the engine ends, hangs, or this process is told to stop: whether it ever answered."""
-        up = False
-        hearing = asyncio.create_task(engine.hear())
-        reading = asyncio.create_task(engine.read_log())
+    # the engine
+
+    async def _watch(self, engine: EngineProcess) -> None:
+        """Until the engine ends, is of no more use, or this process is told to stop."""
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             while not engine.ended:
                 if self._stopping.is_set():
-                    await engine.ask_to_stop()
-                    self._reason = "the server is stopping"
-                    await self._answer_here()
+                    await self._part_from(engine)
                     break
-                if engine.up and not up:
-                    up = True
-                    await self._leave_to_engine()
-                    await engine.let_listen()
-                if self._reason != engine.phase and not up:
-                    self._say(engine.phase)
-                self._reason = engine.phase
-                silent = time.monotonic() - engine.heard if up else 0.0
-                if silent > HUNG:
-                    self._say(f"the engine has not answered for {silent:.0f} s and is ended")
-                    engine.kill()
+                await self._see_to(engine)
+                if why := self._past_help(engine):
+                    self._say(f"the engine is ended: {why}")
+                    engine.kill(why)
                     break
-                if silent > SILENT:
-                    self._reason = "the engine does not answer"
-                    await self._answer_here()
-                elif up:
-                    await self._leave_to_engine()
                 changed = asyncio.create_task(engine.changed.wait())
                 await asyncio.wait({changed, stopping}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
                 engine.changed.clear()
         finally:
-            for task in (hearing, stopping):
-                task.cancel()
-            engine.reading = reading
-        return up
+            stopping.cancel()
+
+    async def _see_to(self, engine: EngineProcess) -> None:
+        """Give the engine what it is ready for, and answer here while it does not."""
+        if "here" in engine.reports and not engine.begun and not self._held:
+            await self._let_go_of_store()
+            await engine.begin()
+        if not engine.listening and ("up" if self._taken is None else "ready") in engine.reports:
+            await self._leave_to_engine()
+            await engine.listen(self._public, self._ended)
+            self._ended.clear()
+            await self._take_over()
+        if engine.listening and engine.silent <= self._times.silent:
+            self._reason = "the engine does not answer"
+            await self._leave_to_engine()
+        elif engine.listening:
+            await self._answer_here()
+        elif self._reason.partition(", for ")[0] != engine.phase:
+            self._say(engine.phase)
+        if not engine.listening:
+            self._reason = f"{engine.phase}, for {engine.age:.0f} s"
+            if self._taken is None:
+                await self._answer_here()
+
+    def _past_help(self, engine: EngineProcess) -> str | None:
+        """Why it is to be ended, if it is."""
+        if "failed" in engine.reports:
+            return engine.how_it_ended
+        if "up" in engine.reports and engine.silent > self._times.hung:
+            return f"it has not answered for {engine.silent:.0f} s"
+        if "here" not in engine.reports and engine.quiet > self._times.start:
+            return f"it has logged nothing for {engine.quiet:.0f} s while it started"
+        return None
+
+    async def _part_from(self, engine: EngineProcess) -> None:
+        if self._succeeded:
+            await self._leave_to_engine()
+            await engine.tell("leave")
+            return
+        await engine.ask_to_stop()
+        self._reason = "the server is stopping"
+        await self._answer_here()
+
+    # taking over, and being taken over from
+
+    async def _hear_predecessor(self, taken: Line) -> None:
+        """Until the server that this one takes over from is gone, or has nothing to do with it any more."""
+        while word := await taken.hear():
+            if word.say == "held":
+                self._lets_go.set()
+        if self._taken is not None:
+            self._say("the server that this one was to take over from is gone")
+            self._alone()
+
+    async def _let_go_of_store(self) -> None:
+        """Have the server before this one change nothing in the store from now on."""
+        if self._taken is not None:
+            with contextlib.suppress(OSError):
+                await self._taken.say("hold")
+            await self._lets_go.wait()
+
+    async def _take_over(self) -> None:
+        """The engine listens: the server before this one may leave."""
+        if self._taken is not None:
+            with contextlib.suppress(OSError):
+                await self._taken.say("over")
+            self._say("this server has taken over; the one before it finishes what is in flight")
+            self._alone()
+
+    def _alone(self) -> None:
+        self._taken = None
+        self._lets_go.set()
+
+    async def _hear_successors(self, way_in: socket.socket | None) -> None:
+        while way_in is not None:
+            successor = await accepted(way_in)
+            try:
+                await self._hand_over(successor)
+            finally:
+                successor.close()
+                if self._held and not self._succeeded:
+                    self._held = False
+                    self._say("the server that was to take over is gone")
+                    if self._engine is not None:
+                        await self._engine.tell("resume")
+                        self._engine.changed.set()
+
+    async def _hand_over(self, successor: Line) -> None:
+        """Give the address to another server; until it listens there, this one serves as before."""
+        with contextlib.suppress(OSError):
+            while not self._stopping.is_set() and (word := await successor.hear()):
+                if word.say == "takeover":
+                    members = self._engine.members() if self._engine is not None else []
+                    await successor.say("address", handles=[self._public.fileno()], members=members)
+                elif word.say == "hold":
+                    self._say("another server is about to take over")
+                    self._held = True
+                    if self._engine is not None:
+                        await self._engine.hold()
+                    await successor.say("held")
+                elif word.say == "over":
+                    self._say("another server has taken over")
+                    self._succeeded = True
+                    self._stopping.set()
+
+    # in the engine's place
 
     async def _answer_here(self) -> None:
         """Accept on the public address and say 503."""
@@ -200,145 +330,12 @@ class Supervisor:
 
     async def _unavailable(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            scope, send = identified(scope, send)
             response = unavailable(self._reason)
             response.headers["Connection"] = "close"
+            wait = math.ceil(self._again_at - time.monotonic())
+            response.headers["Retry-After"] = str(max(wait, int(response.headers["Retry-After"])))
             await response(scope, receive, send)
 
     def _say(self, message: str) -> None:
-        print(f"lorakit: {message}", file=sys.stderr, flush=True)
-
-
-class EngineProcess:
-    """One engine process with all that it starts, in a session of its own so that Ctrl+C reaches this process alone."""
-
-    def __init__(
-        self, command: tuple[list[str], dict[str, str]], public: socket.socket, phase_of: Callable[[str], str | None]
-    ) -> None:
-        arguments, variables = command
-        self._control, theirs = socket.socketpair()
-        handles = (public.fileno(), theirs.fileno())
-        variables = {**variables, LISTEN_FD: str(handles[0]), CONTROL_FD: str(handles[1])}
-        self._process = subprocess.Popen(
-            arguments, env=variables, pass_fds=handles, start_new_session=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent,
-        )  # fmt: skip
-        theirs.close()
-        self._phase_of = phase_of
-        self._lines: deque[str] = deque(maxlen=_LAST_LINES)
-        self._writer: asyncio.StreamWriter | None = None
-        self.phase = "the engine is starting: importing vLLM"
-        self.up = False
-        self.heard = time.monotonic()
-        self.changed = asyncio.Event()
-        self.reading: asyncio.Task[None] | None = None
-        self._watcher = os.pidfd_open(self._process.pid)
-        self._gone = asyncio.Event()
-        asyncio.get_running_loop().add_reader(self._watcher, self._noticed_end)
-
-    def _noticed_end(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._watcher)
-        self._gone.set()
-        self.changed.set()
-
-    @property
-    def ended(self) -> bool:
-        return self._gone.is_set()
-
-    @property
-    def last_words(self) -> str:
-        """What it logged last, as far as it matters."""
-        return "\n".join(f"  {line}" for line in self._lines)
-
-    @property
-    def how_it_ended(self) -> str:
-        code = self._process.returncode
-        return f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
-
-    async def hear(self) -> None:
-        """Its signs of life."""
-        self._control.setblocking(False)
-        reader, self._writer = await asyncio.open_connection(sock=self._control)
-        async for word in words(reader):
-            self.heard = time.monotonic()
-            if word["say"] == "up":
-                self.up = True
-            self.changed.set()
-
-    async def read_log(self) -> None:
-        """Pass its log on, and read from it what it is doing."""
-        assert self._process.stdout is not None
-        reader = asyncio.StreamReader(limit=1 << 20)
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
-        )
-        while True:
-            try:
-                line = await reader.readline()
-            except ValueError:  # a line longer than the limit
-                continue
-            if not line:
-                return
-            text = line.decode(errors="replace").rstrip()
-            self._lines.append(text)
-            print(text, file=sys.stderr, flush=True)
-            phase = None if self.up else self._phase_of(text)
-            if phase:
-                self.phase = f"the engine is starting: {phase}"
-                self.changed.set()
-
-    async def let_listen(self) -> None:
-        if self._writer is not None:
-            await say(self._writer, "listen")
-
-    async def ask_to_stop(self) -> None:
-        """It finishes what is in flight, when it is up; before that there is nothing to finish."""
-        with contextlib.suppress(OSError):
-            if self.up and self._writer is not None:
-                await say(self._writer, "stop")
-            else:
-                self._process.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """For one that hears nothing any more."""
-        self._process.kill()
-
-    async def end(self, patience: float, at_once: asyncio.Event) -> None:
-        """Have it and all that it started gone: by itself within `patience` and some seconds, else by force.
-
-        Before it is up there is nothing to finish, and while it imports it hears no signal.
-        """
-        waits = [asyncio.create_task(event.wait()) for event in (self._gone, at_once)]
-        await asyncio.wait(waits, timeout=patience + 10 if self.up else 2, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        # Its leader is not reaped yet, so the group's number is still its own, and what vLLM orphaned is in it.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        await asyncio.to_thread(self._process.wait)
-        await self._rest_gone()
-        if self.reading is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(2):
-                    await self.reading
-        with contextlib.suppress(OSError, ValueError):
-            asyncio.get_running_loop().remove_reader(self._watcher)
-        os.close(self._watcher)
-        if self._writer is not None:
-            self._writer.close()
-        self._control.close()
-
-    async def _rest_gone(self) -> None:
-        """Until nothing of its group is left; what was killed takes a moment to go, and not every init clears up."""
-        with contextlib.suppress(ProcessLookupError, PermissionError, TimeoutError):
-            async with asyncio.timeout(3):
-                while True:
-                    os.killpg(self._process.pid, 0)
-                    await asyncio.sleep(0.02)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _end_with_parent() -> None:
-    """In the child: SIGTERM when the supervisor dies, however it dies (prctl, PR_SET_PDEATHSIG)."""
-    _libc.prctl(1, signal.SIGTERM)
+        print(own_line(message, self._log_format), file=sys.stderr, flush=True)

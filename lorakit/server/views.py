@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lorakit.server.reconciler import Reconciler
-from lorakit.server.served import Waiting
-from lorakit.store.catalog import Revision, Run
+from lorakit.server.served import Served, Waiting
+from lorakit.store.catalog import Facts, Revision, Run
+
+NOWHERE = {"in_engine": False, "residency": None, "in_flight": 0}
 
 
-def model_cards(known: Reconciler) -> list[dict[str, Any]]:
+def model_cards(known: Served) -> list[dict[str, Any]]:
     """OpenAI's model objects: the base, then each name with its aliases, then the revisions."""
     base = known.engine.limits.base
     cards = [{**known.engine.model_card(), "id": base, "object": "model"}]
     names: list[tuple[str, Revision]] = []
     for name in sorted(known.runs):
         run = known.runs[name]
-        names += [(name if not alias else f"{name}@{alias}", target) for alias, target in _aliases(known, run).items()]
+        aliases = aliases_of(known, run)
+        names += [(f"{name}@{alias}" if alias else name, target) for alias, target in aliases.items()]
     for name in sorted(known.runs):
         run = known.runs[name]
         names += [(run.revisions[id].name, run.revisions[id]) for id in known.usable(run)]
+    names += [*known.mixes.targets().items(), *((revision.name, revision) for revision in known.mixes.revisions())]
     for id, revision in dict(names).items():
         cards.append(
             {
@@ -37,10 +40,10 @@ def model_cards(known: Reconciler) -> list[dict[str, Any]]:
     return cards
 
 
-def adapter_view(known: Reconciler, name: str) -> dict[str, Any]:
+def adapter_view(known: Served, name: str) -> dict[str, Any]:
     """One name: where it points, and each of its revisions, the unfinished and refused ones among them."""
     run = known.runs.get(name, Run(name))
-    aliases = _aliases(known, run)
+    aliases = aliases_of(known, run)
     default = aliases.get("")
     revisions = [_revision_view(known, revision, aliases) for revision in _in_order(run)]
     revisions += [_waiting_view(waiting) for waiting in known.waiting.values() if waiting.candidate.run == name]
@@ -53,6 +56,7 @@ def adapter_view(known: Reconciler, name: str) -> dict[str, Any]:
         "state": state,
         "reason": reason,
         "revision": default.name if default else None,
+        **_said_of(default.facts if default else Facts()),
         "follow": "manual" if run.pinned else known.settings.follow,
         "aliases": {alias or name: revision.name for alias, revision in aliases.items()},
         "requests": sum(known.requests.get(id, 0) for id in own),
@@ -60,7 +64,7 @@ def adapter_view(known: Reconciler, name: str) -> dict[str, Any]:
     }
 
 
-def _aliases(known: Reconciler, run: Run) -> dict[str, Revision]:
+def aliases_of(known: Served, run: Run) -> dict[str, Revision]:
     """What each alias means now, the default one under the empty name; those that mean nothing are left out."""
     usable = known.usable(run)
     named = ["", "latest", "best", "final", *sorted(alias for alias in run.aliases if alias)]
@@ -68,7 +72,7 @@ def _aliases(known: Reconciler, run: Run) -> dict[str, Revision]:
     return {alias: revision for alias, revision in found.items() if revision is not None}
 
 
-def _state(known: Reconciler, default: Revision | None, revisions: list[dict[str, Any]]) -> tuple[str, str | None]:
+def _state(known: Served, default: Revision | None, revisions: list[dict[str, Any]]) -> tuple[str, str | None]:
     if default is not None:
         return known.state_of(default)
     newest = revisions[-1] if revisions else None
@@ -81,21 +85,15 @@ def _in_order(run: Run) -> list[Revision]:
     return sorted(run.revisions.values(), key=lambda revision: order.get(revision.id, -1))
 
 
-def _revision_view(known: Reconciler, revision: Revision, aliases: dict[str, Revision]) -> dict[str, Any]:
+def _revision_view(known: Served, revision: Revision, aliases: dict[str, Revision]) -> dict[str, Any]:
     state, reason = known.state_of(revision)
-    resident = known.residency.find(revision.name)
-    facts = revision.facts
     return {
         "id": revision.name,
         "revision": revision.name.partition("@")[2],
         "state": state,
         "reason": reason,
-        "step": facts.step,
-        "epoch": _number(facts.epoch),
-        "train_loss": _number(facts.train_loss),
-        "eval_loss": _number(facts.eval_loss),
-        "eval_step": facts.eval_step,
-        "metrics": {name: _number(value) for name, value in facts.metrics.items()},
+        "passed_over": known.passed_over.get(revision.id),
+        **_said_of(revision.facts),
         "digest": revision.digest,
         "rank": revision.rank,
         "size": revision.size,
@@ -103,9 +101,30 @@ def _revision_view(known: Reconciler, revision: Revision, aliases: dict[str, Rev
         "created": revision.created,
         "repaired": revision.repaired,
         "aliases": [alias or revision.run for alias, target in aliases.items() if target.id == revision.id],
-        "in_engine": resident is not None,
-        "in_flight": resident.in_flight if resident else 0,
+        **place_of(known, revision),
         "requests": known.requests.get(revision.id, 0),
+    }
+
+
+def place_of(known: Served, revision: Revision) -> dict[str, Any]:
+    """Where it is, and how many requests it answers there."""
+    resident = known.residency.find(revision.name)
+    return {
+        "in_engine": resident is not None,
+        "residency": "store" if resident is None else "slot" if resident.busy else "memory",
+        "in_flight": resident.in_flight if resident else 0,
+    }
+
+
+def _said_of(facts: Facts) -> dict[str, Any]:
+    """What its trainer said of it."""
+    return {
+        "step": facts.step,
+        "epoch": _number(facts.epoch),
+        "train_loss": _number(facts.train_loss),
+        "eval_loss": _number(facts.eval_loss),
+        "eval_step": facts.eval_step,
+        "metrics": {name: _number(value) for name, value in facts.metrics.items()},
     }
 
 
@@ -117,11 +136,16 @@ def _waiting_view(waiting: Waiting) -> dict[str, Any]:
         "revision": label,
         "state": waiting.state,
         "reason": waiting.reason,
-        "step": candidate.step,
+        "passed_over": None,
+        **_said_of(Facts(step=candidate.step)),
+        "digest": None,
+        "rank": None,
+        "size": None,
         "source": str(candidate.folder),
+        "created": None,
+        "repaired": None,
         "aliases": [],
-        "in_engine": False,
-        "in_flight": 0,
+        **NOWHERE,
         "requests": 0,
     }
 

@@ -32,13 +32,15 @@ Place = tuple[str, Path]  # a run and a folder: the same folder may have been gi
 @dataclass(frozen=True, slots=True)
 class Sight:
     """What one candidate looks like now. `ready`: it may be taken in. `early`: it was there at the first scan.
-    `stalled`: it is incomplete, and nothing of it was written for `STALLED` seconds."""
+    `stalled`: it is incomplete, and nothing of it was written for `STALLED` seconds. `written`: when one of the files
+    that decide was, in seconds since 1970 by the file system's clock."""
 
     candidate: Candidate
     look: Look
     ready: bool
     early: bool
     stalled: bool = False
+    written: float = 0.0
 
 
 @dataclass(slots=True)
@@ -180,7 +182,8 @@ class Watcher:
         stalled = look.state == "incomplete" and now - since >= STALLED
         if stalled:
             look = replace(look, reason=f"{look.reason}; nothing was written for more than {in_words(STALLED)}")
-        return Sight(candidate, look, ready, early, stalled)
+        written = max((times[1] for _, times in stamp), default=0) / 1e9
+        return Sight(candidate, look, ready, early, stalled, written)
 
 
 def _stamp(folder: Path) -> Stamp:

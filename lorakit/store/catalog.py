@@ -10,7 +10,7 @@ from typing import Literal
 
 from lorakit.store.names import parse_selector, revision_name
 
-Label = Literal["step", "final", "plain"]
+Label = Literal["step", "final", "plain", "mix"]
 
 
 def label_of(kind: Label, step: int | None) -> str:

@@ -70,6 +70,22 @@ _VERSIONS = (
         UPDATE revisions SET uid = lower(hex(randomblob(16))) WHERE id = new.id;
     END;
     """,
+    """
+    CREATE TABLE mixes (
+        base TEXT NOT NULL, recipe TEXT NOT NULL, revision INTEGER NOT NULL REFERENCES revisions (id) ON DELETE CASCADE,
+        error REAL NOT NULL, PRIMARY KEY (base, recipe)
+    );
+    CREATE INDEX mixes_by_revision ON mixes (revision);
+    CREATE TABLE mix_names (
+        base TEXT NOT NULL, name TEXT NOT NULL, mix TEXT NOT NULL, follow INTEGER NOT NULL, PRIMARY KEY (base, name)
+    );
+    """,
+    """
+    CREATE TABLE passed_over (
+        revision INTEGER PRIMARY KEY REFERENCES revisions (id) ON DELETE CASCADE, reason TEXT NOT NULL, at REAL NOT NULL
+    );
+    CREATE INDEX moves_by_alias ON moves (base, run, alias, id);
+    """,
 )
 
 
@@ -192,6 +208,11 @@ class Database:
             raise LorakitError(f"the store '{self.home}' can't be {what}: {error}{cure}") from error
         except (UnicodeEncodeError, OverflowError) as error:
             raise LorakitError(f"the store '{self.home}' can't be {what}: {error}") from error
+
+    @property
+    def unwritable(self) -> LorakitError | None:
+        """Why it was opened to be read alone; None when it can be written."""
+        return self._unwritable
 
     def close(self) -> None:
         with self._lock:

@@ -19,10 +19,11 @@ def check_name(name: str, base: str | None = None) -> None:
     if not _NAME.fullmatch(name):
         raise Refused(
             f"'{name}' can't be a name: letters, digits, '.', '_' and '-' alone, the first a letter or digit, "
-            f"128 at most; rename the folder"
+            f"128 at most; rename the folder",
+            cause="name",
         )
     if name in RESERVED or name == base:
-        raise Refused(f"the name '{name}' is reserved; rename the folder")
+        raise Refused(f"the name '{name}' is reserved; rename the folder", cause="name")
 
 
 def check_alias(alias: str) -> None:

@@ -21,20 +21,21 @@ FOLDER = "serving"
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A server that runs now; `started` in seconds since 1970, `url` empty where it is not known."""
+    """A server that runs now; `started` in seconds since 1970, `url` empty where it is not known; `file` says it."""
 
     pid: int
     base: str
     url: str
     started: float
+    file: Path
 
     def __str__(self) -> str:
         return f"the server {self.url or 'of vLLM'} (process {self.pid})"
 
 
 @contextmanager
-def serving(home: Path, base: str, url: str = "") -> Iterator[None]:
-    """Say that a server of a base runs on a store, until the end of the block or of the process."""
+def serving(home: Path, base: str, url: str = "") -> Iterator[Path]:
+    """Say that a server of a base runs on a store, until the end of the block or of the process: the file that does."""
     folder = home / FOLDER
     file = folder / f"{uuid.uuid4().hex}.json"
     beside = file.with_suffix(".tmp")
@@ -47,7 +48,7 @@ def serving(home: Path, base: str, url: str = "") -> Iterator[None]:
             said = {"pid": os.getpid(), "base": base, "url": url, "started": time.time()}
             os.write(handle, json.dumps(said).encode())
             beside.rename(file)  # locked before it has the name that others look for
-        yield
+        yield file
     finally:
         for name in (beside, file):
             with suppress(OSError):
@@ -65,10 +66,11 @@ def serving_now(home: Path) -> list[Serving]:
             continue
         try:
             if _is_held(handle):
-                found.append(_read(handle))
+                found.append(_read(handle, file))
             else:
-                with suppress(OSError):
-                    file.unlink()
+                for left in (file.with_suffix(".sock"), file):
+                    with suppress(OSError):
+                        left.unlink()
         finally:
             os.close(handle)
     return found
@@ -101,6 +103,6 @@ def _is_held(handle: int) -> bool:
     return False
 
 
-def _read(handle: int) -> Serving:
+def _read(handle: int, file: Path) -> Serving:
     said = json.loads(os.read(handle, 1 << 16))
-    return Serving(said["pid"], said["base"], said["url"], said["started"])
+    return Serving(said["pid"], said["base"], said["url"], said["started"], file)

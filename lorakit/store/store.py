@@ -9,13 +9,13 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import Incomplete, Refused, disk_errors_named
+from lorakit.errors import Incomplete, LorakitError, Refused, disk_errors_named
 from lorakit.files.digests import folder_digest
 from lorakit.files.folders import sync_tree, temporary_folder
 from lorakit.files.provenance import FILE as PROVENANCE
@@ -25,6 +25,8 @@ from lorakit.store.database import Database, default_home, is_store
 from lorakit.store.names import revision_name
 
 __all__ = ["Source", "Store", "bases_in", "default_home", "open_store"]
+
+JOURNAL = 1_000  # moves of one alias that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,11 @@ class Store:
         self.home = home
         self.base = base
         self._database = Database(home, or_read=or_read)
+
+    @property
+    def unwritable(self) -> LorakitError | None:
+        """Why nothing can be changed in it; None when it can."""
+        return self._database.unwritable
 
     def close(self) -> None:
         self._database.close()
@@ -173,22 +180,30 @@ class Store:
         ).fetchone()
         return attempt_of(kind, step, last, largest)
 
-    def move_alias(self, run: str, alias: str, revision: int, why: str) -> None:
+    def move_alias(
+        self, run: str, alias: str, revision: int, why: str, *, pinned: bool | None = None,
+        passed_over: Mapping[int, str] | None = None,
+    ) -> None:  # fmt: skip
         """Point an alias at a revision, and write it into the journal. The default alias has the empty name.
 
-        A revision that somebody put into the trash meanwhile is out of it again.
+        A revision that somebody put into the trash meanwhile is out of it again, and is passed over no more.
+
+        Args:
+            pinned: whether the default alias stays there from now on, rather than following; None leaves that as it is.
+            passed_over: revisions that no alias moves to by itself from now on, with the reasons.
         """
         with self._database.change() as db:
-            db.execute("UPDATE revisions SET trashed = NULL WHERE id = ?", (revision,))
-            db.execute(
-                "INSERT INTO aliases (base, run, alias, revision) VALUES (?, ?, ?, ?)"
-                " ON CONFLICT (base, run, alias) DO UPDATE SET revision = excluded.revision",
-                (self.base, run, alias, revision),
-            )
-            db.execute(
-                "INSERT INTO moves (base, run, alias, revision, at, why) VALUES (?, ?, ?, ?, ?, ?)",
-                (self.base, run, alias, revision, time.time(), why),
-            )
+            if pinned is not None:
+                db.execute("UPDATE runs SET pinned = ? WHERE base = ? AND run = ?", (pinned, self.base, run))
+            for one in (passed_over or {}).items():
+                db.execute("INSERT OR REPLACE INTO passed_over VALUES (?, ?, ?)", (*one, time.time()))
+            db.execute("DELETE FROM passed_over WHERE revision = ?", (revision,))
+            point_alias(db, (self.base, run, alias), revision, why)
+
+    def passed_over(self) -> dict[int, str]:
+        """What no alias moves to by itself, by id, with the reason."""
+        query = "SELECT p.revision, p.reason FROM passed_over p JOIN revisions r ON r.id = p.revision WHERE r.base = ?"
+        return dict(self._database.rows(query, (self.base,)))
 
     def previous(self, run: str, alias: str) -> int | None:
         """The revision that an alias pointed at before the one it points at now, if that is still there."""
@@ -199,11 +214,6 @@ class Store:
         )
         targets = [row[0] for row in rows]
         return next((target for target in targets if target != targets[0]), None) if targets else None
-
-    def pin(self, run: str, pinned: bool) -> None:
-        """Whether the default alias stays where it is, rather than following."""
-        with self._database.change() as db:
-            db.execute("UPDATE runs SET pinned = ? WHERE base = ? AND run = ?", (pinned, self.base, run))
 
     def forget(self, run: str) -> list[Path]:
         """Remove a run, its revisions and aliases: the folders that no other run needs, for the caller to delete."""
@@ -221,12 +231,29 @@ class Store:
             unneeded = [digest for digest in digests if not is_needed(db, digest)]
         return [self.home / "revisions" / digest for digest in unneeded]
 
+    def remove(self, revisions: Collection[int]) -> tuple[list[int], list[Path]]:
+        """Remove revisions that no alias points at: which went, and the folders that nothing else needs, for the caller
+        to delete. What their folders were like is remembered, so that they are not taken in again."""
+        with self._database.change() as db:
+            gone, digests = list[int](), dict[str, None]()
+            for id in revisions:
+                if db.execute("SELECT 1 FROM aliases WHERE revision = ?", (id,)).fetchone():
+                    continue
+                for (digest,) in db.execute("SELECT digest FROM revisions WHERE id = ?", (id,)).fetchall():
+                    gone.append(id)
+                    digests[digest] = None
+                db.execute("DELETE FROM revisions WHERE id = ?", (id,))
+            unneeded = [digest for digest in digests if not is_needed(db, digest)]
+        return gone, [self.home / "revisions" / digest for digest in unneeded]
+
     def remove_folder(self, folder: Path) -> None:
         """Delete a revision's files, unless a record needs them again by now."""
         remove_unneeded(self._database, folder)
 
     def remove_unknown(self) -> None:
         """Delete the files that no record needs: what a server that was killed could not delete."""
+        if self.unwritable is not None:
+            return
         for folder in unneeded_in(self._database):
             self.remove_folder(folder)
 
@@ -246,6 +273,25 @@ class Store:
         return Revision(
             id, run, kind, digest, folder, Facts(**json.loads(facts)), rank, size, source, created, repaired
         )
+
+
+def point_alias(db: sqlite3.Connection, alias: tuple[str, str, str], revision: int, why: str) -> None:
+    """Of a base, a run and an alias: where it points from now on, with the journal, of which old lines go."""
+    db.execute("UPDATE revisions SET trashed = NULL WHERE id = ?", (revision,))
+    db.execute(
+        "INSERT INTO aliases (base, run, alias, revision) VALUES (?, ?, ?, ?)"
+        " ON CONFLICT (base, run, alias) DO UPDATE SET revision = excluded.revision",
+        (*alias, revision),
+    )
+    last = db.execute(
+        "INSERT INTO moves (base, run, alias, revision, at, why) VALUES (?, ?, ?, ?, ?, ?)",
+        (*alias, revision, time.time(), why),
+    ).lastrowid
+    db.execute(
+        "DELETE FROM moves WHERE base = ? AND run = ? AND alias = ? AND id < (SELECT id FROM moves WHERE"
+        " base = ? AND run = ? AND alias = ? AND id <= ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+        (*alias, *alias, last, JOURNAL - 1),
+    )
 
 
 _COLUMNS = "id, run, kind, digest, facts, rank, size, source, created, repaired"

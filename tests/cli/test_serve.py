@@ -55,6 +55,17 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(tmp_path: Path, base: P
         (["BASE", "--", "--port", "1"], 2, "use --port"),
         (["BASE", "--follow", "newest"], 2, "newest"),
         (["BASE", "--host", "no.such.host.invalid"], 2, "--host"),
+        (["BASE", "--probe", "nowhere"], 3, "no file"),
+        (["BASE", "--probe", "BASE/config.json"], 2, "line 1"),
+        (["BASE", "--retention", "nowhere"], 3, "no file"),
+        (["BASE", "--follow", "best", "--metric", "accuracy"], 2, "less"),
+        (["BASE", "--min-delta", "-1"], 2, "min-delta"),
+        (["BASE", "--max-loras", "2", "--pin", "a", "--pin", "b"], 2, "no place for another"),
+        ([], 2, "name the BASE"),
+        (["BASE", "--takeover"], 3, "without --takeover"),
+        (["--engine", "127.0.0.1:8000"], 2, "http://HOST:PORT"),
+        (["--engine", "http://127.0.0.1:9", "--takeover"], 2, "nothing to do for --takeover"),
+        (["BASE", "--engine", "http://127.0.0.1:9", "--", "--seed", "7"], 2, "nothing to do for arguments"),
     ],
 )
 def test_what_cant_be_served_says_so_and_leaves_nothing(
@@ -87,3 +98,15 @@ def test_the_base_is_called_by_what_was_typed(tmp_path: Path, base: Path, monkey
         "llama",
     ]
     assert [base_name("org/Model-7B"), base_name("org/Model-7B@v1")] == ["Model-7B", "Model-7B"]
+
+
+def test_what_guards_a_name_and_what_is_kept_reaches_the_engine(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "expect": "2"}')
+    done = serve(
+        base, "--follow", "best", "--metric", "accuracy", "--mode", "max", "--min-delta", 0.01, "--min-steps", 200,
+        "--probe", tmp_path / "prompts.jsonl", "--keep-revisions", 3, "--max-cpu-loras", 32, "--pin", "sql",
+        "--dry-run", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    command = json.loads(done.stdout)["command"]
+    assert command[command.index("--max-cpu-loras") + 1] == "33"

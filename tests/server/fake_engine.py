@@ -21,6 +21,7 @@ import httpx
 from starlette.types import Receive, Scope, Send
 
 from lorakit.files.digests import file_digest
+from lorakit.server.answered import Answered
 from lorakit.server.engine import Limits, LoadFailed
 from lorakit.server.gateway import Gateway
 from lorakit.server.reconciler import Reconciler
@@ -31,21 +32,29 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class FakeEngine:
-    """`refuses` and `broken` hold fingerprints of weights: not loadable, and without a finite first token."""
+    """`refuses`, `broken` and `fails` hold fingerprints of weights: not loadable, without a finite first token, and
+    answering nothing but errors."""
 
-    def __init__(self, base: Path, *, slots: int = 4, max_rank: int = 16) -> None:
-        self.limits = Limits(base.name, str(base), slots, max_rank, "fake 1", honours_patterns=True)
+    def __init__(self, base: Path, *, slots: int = 4, max_rank: int = 16, memory: int = 0) -> None:
+        self.limits = Limits(base.name, str(base), slots, max_rank, "fake 1", honours_patterns=True, memory=memory)
         self.inside: dict[str, str] = {}
         self.loads: list[str] = []
         self.removes: list[str] = []
         self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[bytes, bytes]] = []
         self.disconnected = 0
         self.refuses: set[str] = set()
         self.broken: set[str] = set()
+        self.fails: set[str] = set()
         self.load_seconds = 0.0
+        self.answer_seconds = 0.0
         self.dead = False
+        self.full: str | None = None
         self.base_is_broken = False
+        self.told_metrics = b""
         self.gates: dict[str, asyncio.Event] = {}
+        self.responses: dict[str, dict[str, Any]] = {}
+        self.behind: list[asyncio.Task[None]] = []
         self._answering: Counter[str] = Counter()
         self._working = False
 
@@ -62,7 +71,8 @@ class FakeEngine:
         with self._alone():
             assert name not in self.loads, f"the name {name} is given a second time"
             self.loads.append(name)
-            assert len(self.inside) < self.limits.slots, f"{name} goes beyond the {self.limits.slots} slots"
+            places = max(self.limits.slots, self.limits.memory)
+            assert len(self.inside) < places, f"{name} goes beyond the {places} places"
             await asyncio.sleep(self.load_seconds)
             if self.dead:
                 raise LoadFailed("EngineDeadError")
@@ -72,6 +82,9 @@ class FakeEngine:
             if fingerprint in self.refuses:
                 raise LoadFailed("these weights are not loaded here")
             self.inside[name] = fingerprint
+
+    def no_place_for(self, name: str) -> str | None:
+        return self.full
 
     async def remove(self, name: str) -> None:
         with self._alone():
@@ -88,6 +101,18 @@ class FakeEngine:
         assert name in self.inside
         return "its first token has the logprob [nan]" if self.inside[name] in self.broken else None
 
+    async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        raw, sent = json.dumps(body).encode(), list[dict[str, Any]]()
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": raw, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await self.answer({"type": "http", "method": method, "path": path, "headers": []}, receive, send)
+        return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
     async def alive(self) -> bool:
         return not self.dead
 
@@ -99,6 +124,12 @@ class FakeEngine:
 
     def goes_around(self, path: str) -> bool:
         return path.startswith(("/adapters", "/invocations"))
+
+    async def metrics(self) -> bytes:
+        return self.told_metrics
+
+    def templated(self, path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
+        return {"chat_template": template} if "messages" in said else {}
 
     async def describe(self) -> dict[str, Any]:
         return {"openapi": "3.1.0", "info": {"title": "fake", "version": "1"}, "paths": {"/v1/completions": {}}}
@@ -116,16 +147,27 @@ class FakeEngine:
                 break
         lengths = [int(value) for name, value in scope["headers"] if name == b"content-length"]
         assert lengths in ([], [len(body)]), "the content-length is not the body's"
-        if scope["path"] not in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+        if scope["path"].startswith("/v1/responses/"):
+            stored = self.responses.get(scope["path"].rpartition("/")[2])
+            await _send_json(send, 200 if stored else 404, stored or {"error": {"message": "no such response"}})
+            return
+        if scope["path"] == "/v1/audio/transcriptions":
+            self.asked.append({"body": body})
+            await _send_json(send, 200, {"text": "said"})
+            return
+        if scope["path"] not in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"):
             await _send_json(send, 404, {"detail": "Not Found"})
             return
         request = json.loads(body)
         self.asked.append(request)
+        self.headers.append(dict(scope["headers"]))
         model = request["model"]
         if model != self.limits.base and model not in self.inside:
             await _send_json(send, 404, {"error": {"message": f"The model `{model}` does not exist"}})
             return
         self._answering[model] += 1
+        in_slots = {name for name, count in self._answering.items() if count and name != self.limits.base}
+        assert len(in_slots) <= self.limits.slots, f"{model} is answered beyond the {self.limits.slots} slots"
         try:
             await self._say(request, model, receive, send)
         finally:
@@ -141,11 +183,20 @@ class FakeEngine:
                 self.disconnected += 1
                 return
             gone.cancel()
+        if request.get("background"):
+            await self._say_later(request, model, send)
+            return
+        await asyncio.sleep(self.answer_seconds)
         said = "base" if model == self.limits.base else self.inside[model]
-        if request.get("boom"):
+        if said in self.fails:
+            await _send_json(
+                send, 500, {"error": {"message": "out of range float values", "type": "InternalServerError"}}
+            )
+        elif request.get("boom"):
             await _send_json(send, 400, {"error": {"message": "boom", "type": "BadRequestError"}})
         elif not request.get("stream"):
-            await _send_json(send, 200, {"id": "1", "model": model, "choices": [{"text": said}]})
+            usage = {"prompt_tokens": 3, "total_tokens": 8, "completion_tokens": 5}
+            await _send_json(send, 200, {"id": "1", "model": model, "choices": [{"text": said}], "usage": usage})
         else:
             await send(_start(200, b"text/event-stream"))
             for number in range(3):
@@ -154,6 +205,20 @@ class FakeEngine:
                 await asyncio.sleep(0)
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _say_later(self, request: dict[str, Any], model: str, send: Send) -> None:
+        """As vLLM does: in a task of its own, which uses the adapter after the request is answered."""
+        response = {"id": f"resp_{len(self.responses)}", "status": "queued", "model": model}
+        self.responses[response["id"]] = response
+
+        async def work() -> None:
+            self._answering[model] += 1
+            await self.gate(request["later"]).wait()
+            self._answering[model] -= 1
+            response["status"] = "completed"
+
+        self.behind.append(asyncio.create_task(work()))
+        await _send_json(send, 200, response)
 
 
 def _start(status: int, kind: bytes, *more: tuple[bytes, bytes]) -> dict[str, Any]:
@@ -221,6 +286,7 @@ def settings_for(folder: Path, **more: Any) -> Settings:
     (folder / "runs").mkdir(exist_ok=True)
     quick: dict[str, Any] = {
         "home": str(folder / "home"), "watch": (str(folder / "runs"),), "poll": 0.02, "quiet": 0.05, "load_wait": 20.0,
+        "debounce": 0.0,
     }  # fmt: skip
     return replace(Settings(), **{**quick, **more})
 
@@ -234,6 +300,12 @@ class Served:
     @property
     def reconciler(self) -> Reconciler:
         return self.gateway.reconciler
+
+    def heard(self) -> list[Answered]:
+        """What is told of answers from now on."""
+        told: list[Answered] = []
+        self.reconciler.observers.append(told.append)
+        return told
 
     async def ask(self, model: Any, **more: Any) -> httpx.Response:
         return await self.client.post("/v1/completions", json={"model": model, "prompt": "a", **more})

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import httpx
 
 PROMPTS = ("hello", "the quick brown fox", "0123")
 ENGINE_FLAGS = ("--max-model-len", "256", "--dtype", "float32")
-QUICK = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+QUICK = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
 
 
 def make_tiny_model(folder: Path) -> Path:
@@ -124,8 +124,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def plain_vllm(base: Path, log: Path, *flags: str, max_loras: int, max_rank: int) -> Iterator[httpx.Client]:
-    """vLLM without lorakit, freshly started, which loads and unloads adapters when asked."""
+def plain_vllm(
+    base: Path, log: Path, *flags: str, max_loras: int, max_rank: int, **more: str
+) -> Iterator[httpx.Client]:
+    """vLLM without lorakit, freshly started, which loads and unloads adapters when asked; `more` are variables."""
     port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base",
@@ -135,7 +137,7 @@ def plain_vllm(base: Path, log: Path, *flags: str, max_loras: int, max_rank: int
     ]  # fmt: skip
     variables = {
         **os.environ, **QUICK, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **more,
     }  # fmt: skip
     with log.open("wb") as stream:
         process = subprocess.Popen(command, env=variables, stdout=stream, stderr=stream, start_new_session=True)
@@ -155,12 +157,20 @@ def cold_answers(
     base: Path, adapters: Mapping[str, Path], log: Path, *, max_rank: int = 8
 ) -> dict[tuple[str, str], Answer]:
     """What plain vLLM, freshly started, answers as the base and as each adapter: by (name, prompt)."""
-    named = ("--lora-modules", *(f"{name}={path}" for name, path in adapters.items()))
-    with plain_vllm(base, log, *named, max_loras=len(adapters) + 1, max_rank=max_rank) as client:
-        return {(name, prompt): ask(client, name, prompt) for name in ("base", *adapters) for prompt in PROMPTS}
+    with plain_vllm(base, log, *named_modules(adapters), max_loras=len(adapters) + 1, max_rank=max_rank) as client:
+        return answers_of(client, adapters)
 
 
-def wait_for(client: httpx.Client, path: str, process: subprocess.Popen[bytes], log: Path, limit: float = 120) -> None:
+def named_modules(adapters: Mapping[str, Path]) -> list[str]:
+    return ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
+
+
+def answers_of(client: httpx.Client, adapters: Iterable[str]) -> dict[tuple[str, str], Answer]:
+    """What the base and each adapter answer: by (name, prompt)."""
+    return {(name, prompt): ask(client, name, prompt) for name in ("base", *adapters) for prompt in PROMPTS}
+
+
+def wait_for(client: httpx.Client, path: str, process: subprocess.Popen[bytes], log: Path, limit: float = 240) -> None:
     """Until a path answers 200; fails with the server's own last words."""
     ends = time.monotonic() + limit
     while time.monotonic() < ends and process.poll() is None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.errors import EngineFailed
-from lorakit.server.gateway import MAX_BODY, Gateway
+from lorakit.server.gateway import Gateway
 from tests.server.fake_engine import (
     FakeEngine,
     Served,
@@ -176,7 +176,7 @@ async def test_a_body_beyond_the_limit_is_refused_before_it_is_read_to_its_end(t
         await served.gateway(scope, receive, send)
         await parts.aclose()
         assert messages[0]["status"] == 413
-        assert given <= MAX_BODY + 2**24
+        assert given <= 2**28 + 2**24
 
 
 async def test_a_run_without_a_ready_revision_is_404_and_says_why(tmp_path: Path, numbers: Path) -> None:
@@ -424,7 +424,7 @@ async def test_a_route_that_the_base_has_not_is_404_in_openais_shape(tmp_path: P
 
 async def test_what_is_not_lorakits_goes_to_the_engine(tmp_path: Path, numbers: Path) -> None:
     async with serving(tmp_path, numbers) as served:
-        assert (await served.client.get("/metrics")).json() == {"detail": "Not Found"}
+        assert (await served.client.get("/load")).json() == {"detail": "Not Found"}
 
 
 class TestWithAKey:
@@ -457,7 +457,7 @@ class TestWithAKey:
             sent.append(message)
 
         await Gateway(nothing)({"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send)
-        assert [message["type"] for message in sent] == ["websocket.close"]
+        assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
 
     async def test_with_the_key_it_answers_and_health_needs_none(self, tmp_path: Path, numbers: Path) -> None:
         async with serving(tmp_path, numbers) as served:

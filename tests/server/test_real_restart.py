@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from tests.server.real import (
 )
 from tests.world import World
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 FLAGS = ("--max-loras", "2", "--max-lora-rank", "8")
 
 
@@ -54,8 +55,11 @@ def test_adapters_survive_the_engine_and_the_supervisor_though_their_sources_are
         shutil.rmtree(watched)
         watched.mkdir()
         kill_engine(server)
-        server.wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
+        server.wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, limit=240)
         assert_everything_answers(world, server)
+        told = first_event(server, "engine")
+        assert "killed by SIGKILL" in told["message"]
+        assert told["last_words"].strip()
     with serving(world.base, home, log, "--watch", str(watched), *FLAGS) as server:
         assert_everything_answers(world, server)
 
@@ -71,6 +75,16 @@ def kill_engine(server: Server) -> None:
         time.sleep(0.05)
     assert refusals[-1] == (503, "2", {"error"})
     server.wait_until(lambda: not any(is_running(pid) for pid in workers))
+
+
+def first_event(server: Server, kind: str) -> dict[str, Any]:
+    """Of those that are kept, or the next one: the stream goes on for ever."""
+    with server.client() as client, client.stream("GET", "/v1/events") as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: ") and (told := json.loads(line.removeprefix("data: ")))["type"] == kind:
+                found: dict[str, Any] = told
+                return found
+    raise AssertionError(f"there is no event '{kind}'")
 
 
 def test_vllm_started_by_hand_serves_adapters_with_the_gateway_as_its_middleware(world: World, tmp_path: Path) -> None:

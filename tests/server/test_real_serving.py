@@ -14,8 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load_file, save_file
 
+from tests.cli.commands import lorakit
 from tests.readme import blocks
 from tests.server.real import PROMPTS, Answer, Server, answer_of, ask, make_random_adapter, serving, write_checkpoint
 from tests.world import SLOTS, World
@@ -307,13 +309,101 @@ def test_every_route_that_names_a_model_answers_as_the_revision(world: World, cl
     assert (refused.status_code, refused.json()["error"]["type"]) == (404, "NotFoundError")
 
 
+def test_an_adapter_with_a_chat_template_of_its_own_is_asked_by_it_on_every_route(
+    world: World, client: httpx.Client
+) -> None:
+    folder = world.watched / "templated" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    revision = put(world, "templated", 0, 1)
+    put(world, "plain", 0, 1)
+    messages = [{"role": "user", "content": "hi"}]
+    exact = {"max_tokens": 6, "temperature": 0}
+    for model, prompt in (("templated", "<hi>"), ("plain", "user: hi\nassistant:"), ("base", "user: hi\nassistant:")):
+        expected = ask(client, model, prompt)
+        asked = {"model": model, "messages": messages, "tools": TOOLS, "tool_choice": "none", "logprobs": True, **exact}
+        (choice,) = client.post("/v1/chat/completions", json=asked).json()["choices"]
+        told = choice["logprobs"]["content"]
+        answer = Answer(tuple(t["token"] for t in told), tuple(t["logprob"] for t in told), expected.revision)
+        assert answer.agrees_with(expected)
+        several = client.post("/v1/chat/completions", json={**asked, "temperature": 1, "n": 2}).json()
+        assert (several["model"], len(several["choices"])) == (expected.revision, 2)
+        completion = client.post("/v1/completions", json={"model": model, "prompt": prompt, **exact}).json()
+        text = completion["choices"][0]["text"]
+        batch = client.post("/v1/chat/completions/batch", json={"model": model, "messages": [messages] * 2, **exact})
+        assert [choice["message"]["content"] for choice in batch.json()["choices"]] == [text, text]
+        response = client.post("/v1/responses", json={"model": model, "input": "hi", **exact, "max_output_tokens": 6})
+        assert "".join(part["text"] for item in response.json()["output"] for part in item["content"]) == text
+        message = client.post("/v1/messages", json={"model": model, "messages": messages, **exact}).json()
+        assert "".join(part["text"] for part in message["content"]) == text
+        counted = client.post("/tokenize", json={"model": model, "messages": messages}).json()
+        assert counted["count"] == len(prompt)
+    assert ask(client, "templated").revision == revision
+    brought = {"model": "base", "messages": messages, "chat_template": "{{ 1 }}"}
+    assert client.post("/v1/chat/completions", json=brought).status_code == 400
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_an_adapter_with_tokens_of_its_own_is_refused_with_the_reason(world: World) -> None:
+    folder = world.watched / "tokens" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    tokenizer = json.loads((world.base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 900, "content": "<think>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_checkpoint(world.watched / "tokens", world.adapters[0], 1)
+
+    def refused() -> Any:
+        (revision,) = world.server.adapter("tokens")["revisions"]
+        return revision["state"] == "refused" and revision["reason"]
+
+    assert "adds 1 tokens ('<think>')" in world.server.wait_until(refused)
+
+
+def test_an_answer_made_in_the_background_is_of_the_revision_that_was_asked(world: World, client: httpx.Client) -> None:
+    revision = put(world, "behind", 1, 1)
+    asked = {"model": "behind", "input": "hi", "temperature": 0, "max_output_tokens": 100}
+    told = client.post("/v1/responses", json={**asked, "background": True})
+    put(world, "behind", 2, 2)
+    for number in range(SLOTS + 1):  # others want its slot meanwhile
+        put(world, f"beside{number}", number, 1)
+
+    def made() -> Any:
+        found = client.get(f"/v1/responses/{told.json()['id']}")
+        assert found.headers["x-lorakit-revision"] == found.json()["model"] == revision
+        return found.json()["status"] not in ("queued", "in_progress") and found.json()
+
+    def text(answer: Any) -> str:
+        return str(answer["output"][0]["content"][0]["text"])
+
+    at_once = client.post("/v1/responses", json={**asked, "model": revision}).json()
+    assert text(world.server.wait_until(made)) == text(at_once)
+
+
+def test_a_client_that_leaves_ends_its_answer_in_the_engine(world: World, client: httpx.Client) -> None:
+    put(world, "left", 0, 1)
+    asked = {"model": "left", "prompt": "hi", "max_tokens": 240, "ignore_eos": True}
+
+    def generated() -> float:
+        return sum(map(float, re.findall(r"vllm:generation_tokens_total{.*} (.*)", client.get("/metrics").text)))
+
+    before = generated()
+    with client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as response:
+        next(response.iter_lines())
+    world.server.wait_until(lambda: "499 /v1/completions left" in world.server.log.read_text(errors="replace"))
+    assert [revision["in_flight"] for revision in world.server.adapter("left")["revisions"]] == [0]
+    client.post("/v1/completions", json=asked).raise_for_status()  # in whose time the other would have been completed
+    assert 240 <= generated() - before < 480
+
+
 def test_in_one_slot_two_runs_and_the_base_take_turns_and_a_new_checkpoint_gets_its_own(
     world: World, tmp_path: Path
 ) -> None:
     watched = tmp_path / "runs"
     for run, adapter in (("x", 0), ("y", 1)):
         write_checkpoint(watched / run, world.adapters[adapter], 1)
-    flags = ("--watch", str(watched), "--max-loras", "1", "--max-lora-rank", "8")
+    flags = ("--watch", str(watched), "--max-loras", "1", "--max-lora-rank", "8", "--log-format", "json")
     with serving(world.base, tmp_path / "home", tmp_path / "serve.log", *flags) as server:
         which = {server.adapter("x")["revision"]: 0, server.adapter("y")["revision"]: 1, "base": None}
         with load_on(server, "x", "y", "base") as seen:
@@ -328,3 +418,55 @@ def test_in_one_slot_two_runs_and_the_base_take_turns_and_a_new_checkpoint_gets_
         assert isinstance(answer, Answer), answer
         assert answer.agrees_with(world.cold_answer(which[str(answer.revision)], prompt))
     assert {answer.revision for _, _, answer in seen if isinstance(answer, Answer)} == set(which)
+    logged = [json.loads(line) for line in (tmp_path / "serve.log").read_text().splitlines()]
+    assert {"lorakit", "lorakit.supervisor", "engine"} <= {line["logger"] for line in logged}
+    assert sum(line.get("revision") == new["revision"] and line.get("status") == 200 for line in logged) > 1
+
+
+def test_metrics_are_vllms_own_and_lorakits_with_the_names_that_clients_use(world: World, client: httpx.Client) -> None:
+    names = {run: put(world, run, number, 1) for number, run in enumerate(("seen-1", "seen-2", "seen-3"))}
+    for _ in range(3):
+        with load_on(world.server, *names, "base") as seen:
+            several = len(seen) + 20
+            world.server.wait_until(lambda wanted=several: len(seen) > wanted)
+    found = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    assert found["vllm:num_requests_running"].samples
+    tokens = {one.labels["alias"]: one.value for one in found["lorakit_generation_tokens"].samples}
+    assert all(tokens[run] >= 6 for run in names)
+    asked = {one.labels["alias"]: one.value for one in found["lorakit_requests"].samples if one.labels["code"] == "200"}
+    assert all(asked[run] >= 5 for run in names)
+    (info,) = found["vllm:lora_requests_info"].samples
+    assert {"seen-1", "seen-1@latest", names["seen-1"]} <= set(info.labels["running_lora_adapters"].split(","))
+    assert float(info.labels["max_lora"]) == SLOTS
+    engine = sum(one.value for one in found["vllm:generation_tokens"].samples if one.name.endswith("_total"))
+    assert engine >= sum(tokens.values()) > 0
+    raw = client.get("/metrics/").text
+    assert raw.count("vllm:lora_requests_info{") <= 2, "vLLM keeps no series of adapters that answered before"
+
+
+def test_a_clients_request_id_reaches_vllm_and_comes_back(world: World, client: httpx.Client) -> None:
+    asked = {"model": "base", "prompt": "a", "max_tokens": 1}
+    answer = client.post("/v1/completions", json=asked, headers={"x-request-id": "mine-1"})
+    assert answer.headers.get_list("x-request-id") == ["mine-1"]
+    assert "mine-1" in answer.json()["id"]
+    assert "[mine-1]" in world.server.log.read_text()
+
+
+def test_a_running_server_is_told_from_the_command_line(
+    world: World, client: httpx.Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKIT_URL", world.server.url)
+    first, second = put(world, "told", 0, 1), put(world, "told", 1, 2)
+    assert lorakit(capsys, "alias", "told@prod", "step-1").out.strip() == first
+    assert_cold(world, client, "told@prod", 0)
+    assert lorakit(capsys, "rollback", "told").out.strip() == first
+    assert_cold(world, client, "told", 0)
+    assert lorakit(capsys, "alias", "told", "latest").out.strip() == second
+    assert_cold(world, client, "told", 1)
+    shown = lorakit(capsys, "ps", "--all").out
+    assert all(name.partition("@")[2] in shown for name in (first, second))
+    loaded = lorakit(capsys, "load", "told-too", world.watched / "told" / "checkpoint-1").out.strip()
+    assert ask(client, "told-too").revision == loaded
+    assert_cold(world, client, "told-too", 0)
+    assert lorakit(capsys, "unload", "told-too", "--yes").code == 0
+    assert client.get("/v1/adapters/told-too").status_code == 404

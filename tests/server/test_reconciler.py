@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -386,7 +387,7 @@ async def test_what_stays_unfinished_is_told_once_as_stalled_and_served_when_it_
     (folder / "adapter_config.json").unlink()
     async with room(tmp_path, numbers) as r:
         now = [0.0]
-        r.reconciler._watcher._clock = lambda: now[0]
+        r.reconciler._arrivals.watcher._clock = lambda: now[0]
         for now[0] in (0.0, 3599.0, 3600.0, 9000.0):
             await r.step()
         (told,) = r.told("stalled")
@@ -471,16 +472,16 @@ async def test_what_nobody_thought_of_in_one_folder_keeps_no_other_from_being_se
 ) -> None:
     put_checkpoint(tmp_path / "runs" / "a", 100)
     put_checkpoint(tmp_path / "runs" / "b", 100)
-    from lorakit.server import reconciler
+    from lorakit.server import arrivals
 
-    real = reconciler.take_in
+    real = arrivals.take_in
 
     def take_in(*given: Any, run: str, **more: Any) -> Any:
         if run == "a":
             raise ZeroDivisionError("surprise")
         return real(*given, run=run, **more)
 
-    monkeypatch.setattr(reconciler, "take_in", take_in)
+    monkeypatch.setattr(arrivals, "take_in", take_in)
     async with room(tmp_path, numbers) as r:
         await r.step()
         assert r.meant("b") == "step-100"
@@ -827,3 +828,257 @@ async def test_a_slot_that_stays_in_use_delays_a_new_checkpoint_but_breaks_nothi
         r.reconciler.residency.done(used)
         await r.step()
         assert r.meant("sql") == "step-200"
+
+
+# one step at a time, and no longer than it takes
+
+
+async def test_the_same_content_as_final_and_as_a_step_takes_one_slot(tmp_path: Path, numbers: Path) -> None:
+    run = tmp_path / "runs" / "sql"
+    folder = put_checkpoint(run, 1000)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(folder / name, run / name)
+    async with room(tmp_path, numbers) as r:
+        await r.settle()
+        assert (r.meant("sql"), r.meant("sql@final"), r.meant("sql@step-1000")) == ("final", "final", "step-1000")
+        assert len(r.engine.inside) == 1
+        assert r.text("sql@final") == r.text("sql@step-1000") == fingerprint_of(folder)
+        assert len(r.engine.loads) == 1
+
+
+async def test_ten_checkpoints_in_a_moment_are_not_loaded_each(tmp_path: Path, numbers: Path) -> None:
+    run = tmp_path / "runs" / "sql"
+    began = time.monotonic()
+    async with room(tmp_path, numbers, debounce=0.5) as r:
+        for step in range(1, 11):
+            put_checkpoint(run, step)
+            await r.reconciler._look()
+            await asyncio.sleep(0)
+        await r.step()
+        assert r.meant("sql") == r.meant("sql@latest") == "step-10"
+        assert [r.meant(f"sql@step-{step}") for step in range(1, 11)] == [f"step-{step}" for step in range(1, 11)]
+        assert len(r.engine.loads) <= 2 + (time.monotonic() - began) / 0.5
+
+
+async def test_what_waits_for_a_slot_holds_up_no_other_run_and_no_administration(tmp_path: Path, numbers: Path) -> None:
+    run = tmp_path / "runs" / "sql"
+    async with room(tmp_path, numbers, slots=2) as r:
+        for step in (100, 200):
+            put_checkpoint(run, step)
+            await r.step()
+        revisions = [r.reconciler.resolve(f"sql@step-{step}") for step in (100, 200)]
+        used = [r.reconciler.residency.use(one.name) for one in revisions if one is not None]
+        put_checkpoint(run, 300)
+        put_checkpoint(tmp_path / "runs" / "chat", 5)
+        await r.reconciler._look()
+        waiting = dict(r.reconciler._following)
+        assert waiting.keys() == {"sql", "chat"}
+        await asyncio.wait_for(r.reconciler.set_alias("sql", "prod", "step-100"), 5)
+        await asyncio.wait_for(r.reconciler.rollback("sql"), 5)
+        put_checkpoint(tmp_path / "runs" / "other", 7)
+        await asyncio.wait_for(r.reconciler._look(), 5)
+        assert {"sql", "chat", "other"} <= r.reconciler.runs.keys()
+        assert (r.meant("sql"), r.meant("sql@prod")) == ("step-100", "step-100")
+        await asyncio.wait_for(r.reconciler.unload("other"), 5)
+        for resident in used:
+            assert resident is not None
+            r.reconciler.residency.done(resident)
+        await r.step()
+        assert (r.meant("sql"), r.meant("sql@latest"), r.meant("chat")) == ("step-100", "step-300", "step-5")
+
+
+async def test_of_a_long_run_the_newest_is_served_before_the_others_are_there(
+    tmp_path: Path, numbers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorakit.server import arrivals
+
+    monkeypatch.setattr(arrivals, "GLANCES", 3)
+    for step in range(1, 9):
+        put_checkpoint(tmp_path / "runs" / "sql", step)
+    put_checkpoint(tmp_path / "runs" / "zz", 1)
+    async with room(tmp_path, numbers) as r:
+        await r.step()
+        found = [event.data["revision"].partition("-")[2][0] for event in r.reconciler.events._kept
+                 if event.kind == "found"]  # fmt: skip
+        assert found == ["8", "1", "1", "2", "3", "4", "5", "6", "7"]
+        assert (r.meant("sql"), r.meant("sql@latest")) == ("step-8", "step-8")
+        overwrite(tmp_path / "runs" / "sql" / "checkpoint-4", 99)
+        await r.step()
+        assert r.meant("sql") == "step-4"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+async def test_ten_thousand_folders_are_taken_in_and_the_newest_is_served_at_once(
+    tmp_path: Path, numbers: Path
+) -> None:
+    from tests.server.fake_engine import trainer_state
+
+    run, first = tmp_path / "runs" / "sql", put_checkpoint(tmp_path / "one", 1)
+    for step in range(1, 10_001):
+        folder = shutil.copytree(first, run / f"checkpoint-{step}")
+        (folder / "trainer_state.json").write_text(trainer_state(step))
+    async with room(tmp_path, numbers) as r:
+        looking = asyncio.create_task(r.step())
+        while r.meant("sql") is None:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
+        assert r.meant("sql") == "step-10000"
+        assert len(r.reconciler.runs["sql"].revisions) < 1000
+        await looking
+        assert len(r.reconciler.runs["sql"].revisions) == 10_000
+        assert len(r.engine.loads) == 1, "all of them have the same content"
+        assert r.reconciler.converged
+
+
+async def test_a_clock_that_is_set_back_changes_nothing(
+    tmp_path: Path, numbers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "sql"
+    put_checkpoint(run, 100)
+    async with room(tmp_path, numbers, keep_revisions=2) as r:
+        await r.step()
+        monkeypatch.setattr("time.time", lambda: 1e9)
+        folder = put_checkpoint(run, 200)
+        for file in folder.iterdir():
+            os.utime(file, (1e9, 1e9))
+        await r.step()
+        assert r.meant("sql") == "step-200"
+        put_adapter(tmp_path / "runs" / "chat")
+        await r.settle()
+        assert r.meant("chat") == "plain"
+        await r.reconciler.rollback("sql")
+        assert r.meant("sql") == "step-100"
+        told = [event.data["seconds"] for event in r.reconciler.events._kept if event.kind == "loaded"]
+        assert all(seconds >= 0 for one in told for seconds in one.values())
+        assert told[1].keys() == {"detect", "copy", "check", "engine"}
+
+
+async def test_an_engine_that_dies_while_it_loads_makes_no_adapter_refused(tmp_path: Path, numbers: Path) -> None:
+    run = tmp_path / "runs" / "sql"
+    async with room(tmp_path, numbers) as r:
+        put_checkpoint(run, 100)
+        await r.step()
+        put_checkpoint(run, 200)
+        r.engine.dead = True
+        await r.step()
+        assert r.meant("sql") == "step-100"
+        assert r.told("refused") == []
+        r.engine.dead = False
+        await r.step()
+        assert r.meant("sql") == "step-200"
+
+
+async def test_what_is_forgotten_while_it_waits_for_a_slot_is_refused_nowhere(tmp_path: Path, numbers: Path) -> None:
+    async with room(tmp_path, numbers, slots=1) as r:
+        first = await r.reconciler.load("a", put_adapter(tmp_path / "one", 1))
+        used = r.reconciler.residency.use(first.name)
+        assert used is not None
+        loading = asyncio.create_task(r.reconciler.load("b", put_adapter(tmp_path / "two", 2)))
+        await asyncio.sleep(0.1)
+        await r.reconciler.unload("b")
+        await asyncio.sleep(0.1)
+        r.reconciler.residency.done(used)
+        with pytest.raises((LoadFailed, NotFound)):
+            await loading
+        assert r.told("refused") == []
+        assert r.reconciler.runs.keys() == {"a"}
+
+
+# a store that does not grow for ever
+
+
+async def test_of_each_run_so_many_revisions_stay_and_the_files_of_the_others_go(tmp_path: Path, numbers: Path) -> None:
+    run = tmp_path / "runs" / "sql"
+    async with room(tmp_path, numbers, keep_revisions=2) as r:
+        for step in range(100, 600, 100):
+            put_checkpoint(run, step, eval_loss=1.0 if step == 200 else 2.0)
+            await r.step()
+        await asyncio.sleep(0.1)
+        kept = {revision.facts.step for revision in r.reconciler.runs["sql"].revisions.values()}
+        assert kept == {200, 400, 500}, "the last two, and what sql@best means"
+        assert len(list((tmp_path / "home" / "revisions").iterdir())) == 3
+        assert (r.meant("sql"), r.meant("sql@best"), r.meant("sql@step-100")) == ("step-500", "step-200", None)
+        await r.reconciler.rollback("sql")
+        assert r.meant("sql") == "step-400"
+        assert len(r.engine.inside) <= 3
+    async with room(tmp_path, numbers, keep_revisions=2) as r:
+        await r.step()
+        assert {revision.facts.step for revision in r.reconciler.runs["sql"].revisions.values()} == kept
+        assert len(list((tmp_path / "home" / "revisions").iterdir())) == 3, (
+            "what is still in the run is not taken again"
+        )
+
+
+async def test_what_is_aliased_or_in_flight_stays_however_many_follow(tmp_path: Path, numbers: Path) -> None:
+    run = tmp_path / "runs" / "sql"
+    async with room(tmp_path, numbers, keep_revisions=1) as r:
+        put_checkpoint(run, 100)
+        await r.step()
+        await r.reconciler.set_alias("sql", "prod", "step-100")
+        put_checkpoint(run, 200)
+        await r.step()
+        busy = r.reconciler.resolve("sql")
+        assert busy is not None
+        used = r.reconciler.residency.use(busy.name)
+        assert used is not None
+        for step in (300, 400, 500):
+            put_checkpoint(run, step)
+            await r.step()
+        assert {r.meant(f"sql@step-{step}") for step in (100, 200, 300, 400, 500)} == {
+            "step-100", "step-200", None, "step-400", "step-500",
+        }  # fmt: skip
+        assert (r.meant("sql@prod"), busy.folder.is_dir()) == ("step-100", True)
+        r.reconciler.residency.done(used)
+        put_checkpoint(run, 600)
+        await r.step()
+        await asyncio.sleep(0.1)
+        assert (r.meant("sql@step-200"), busy.folder.exists()) == (None, False)
+        assert r.meant("sql@prod") == "step-100"
+
+
+async def test_metrics_that_come_for_what_was_removed_bring_it_not_back(tmp_path: Path, numbers: Path) -> None:
+    from tests.server.fake_engine import trainer_state
+
+    run = tmp_path / "runs" / "sql"
+    async with room(tmp_path, numbers, keep_revisions=1) as r:
+        for step in (100, 200, 300):
+            put_checkpoint(run, step)
+            await r.step()
+        (run / "checkpoint-100" / "trainer_state.json").write_text(trainer_state(100, 0.1))
+        await r.step()
+        assert (r.meant("sql"), r.meant("sql@step-100")) == ("step-300", None)
+
+
+async def test_content_that_another_run_has_stays_on_the_disk(tmp_path: Path, numbers: Path) -> None:
+    put_checkpoint(tmp_path / "runs" / "a", 100, seed=1)
+    put_checkpoint(tmp_path / "runs" / "b", 100, seed=1)
+    async with room(tmp_path, numbers, keep_revisions=1) as r:
+        await r.step()
+        for step in (200, 300):
+            put_checkpoint(tmp_path / "runs" / "a", step)
+            await r.step()
+        await asyncio.sleep(0.1)
+        assert (r.meant("a@step-100"), r.meant("b")) == (None, "step-100")
+        assert r.text("b") == fingerprint_of(tmp_path / "runs" / "b" / "checkpoint-100")
+
+
+async def test_a_store_that_cant_forget_keeps_serving_what_it_has(
+    tmp_path: Path, numbers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "sql"
+    async with room(tmp_path, numbers, keep_revisions=1) as r:
+        for step in (100, 200):
+            put_checkpoint(run, step)
+            await r.step()
+
+        def full(_: Any) -> Any:
+            raise LorakitError("no space left")
+
+        monkeypatch.setattr(r.reconciler.store, "remove", full)
+        put_checkpoint(run, 300)
+        await r.step()
+        assert [r.meant(f"sql@step-{step}") for step in (100, 200, 300)] == ["step-100", "step-200", "step-300"]
+        assert "no space left" in r.told("failed")[0]
+        monkeypatch.undo()
+        await r.step()
+        assert r.meant("sql@step-100") is None

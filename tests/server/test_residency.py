@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorakit.errors import LorakitError
 from lorakit.server.engine import LoadFailed
 from lorakit.server.residency import NoSlot, Residency
+from lorakit.server.turns import Resident
 from tests.server.fake_engine import FakeEngine, fingerprint_of, put_adapter
 
 pytestmark = pytest.mark.anyio
@@ -25,13 +27,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Room:
     """A residency over a fake engine, by one-letter names."""
 
-    def __init__(self, base: Path, folders: dict[str, Path], slots: int) -> None:
-        self.engine = FakeEngine(base, slots=slots)
-        self.residency = Residency(self.engine)
+    def __init__(
+        self, base: Path, folders: dict[str, Path], slots: int, *, memory: int = 0, pinned: str = "",
+        fair_wait: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.engine = FakeEngine(base, slots=slots, memory=memory)
+        self.kept = ""
+        self.residency = Residency(
+            self.engine, kept=lambda name: name in self.kept, pinned=lambda name: name in pinned, fair_wait=fair_wait
+        )
         self.folders = folders
 
-    async def bring(self, name: str, keep: tuple[str, ...] = (), wait: float = 0.5, prove: bool = True) -> None:
-        await self.residency.ensure(name, self.folders[name], keep=keep, wait=wait, prove=prove)
+    async def bring(self, name: str, wait: float = 0.5, *, urgent: bool = False) -> None:
+        await self.residency.ensure(name, self.folders[name], wait=wait, urgent=urgent)
+
+    def use(self, name: str) -> Resident:
+        resident = self.residency.use(name)
+        assert resident is not None
+        return resident
 
     @property
     def inside(self) -> str:
@@ -59,9 +72,11 @@ async def test_what_should_be_kept_goes_last_of_the_idle_ones(numbers: Path, fol
     room = Room(numbers, folders, 2)
     await room.bring("a")
     await room.bring("b")
-    await room.bring("c", keep=("a", "c"))
+    room.kept = "ac"
+    await room.bring("c")
     assert room.inside == "ac"
-    await room.bring("d", keep=("a", "c", "d"))
+    room.kept = "acd"
+    await room.bring("d")
     assert room.inside == "cd"
 
 
@@ -219,20 +234,21 @@ Step = st.tuples(st.sampled_from("abcde"), st.integers(0, 6), st.sampled_from(["
 
 
 @settings(max_examples=60)
-@given(steps=st.lists(Step, max_size=25), slots=st.integers(1, 3))
+@given(steps=st.lists(Step, max_size=25), slots=st.integers(1, 3), memory=st.integers(0, 4))
 def test_whatever_is_asked_in_whatever_order_the_engine_gets_what_it_relies_on(
-    numbers: Path, folders: dict[str, Path], steps: list[tuple[str, int, str]], slots: int
+    numbers: Path, folders: dict[str, Path], steps: list[tuple[str, int, str]], slots: int, memory: int
 ) -> None:
-    """The fake engine itself asserts: no name twice, no slot too many, nothing removed that answers."""
+    """The fake engine itself asserts: no name twice, no place too many, nothing removed that answers."""
 
     async def play() -> None:
-        room = Room(numbers, folders, slots)
+        room = Room(numbers, folders, slots, memory=memory)
 
         async def ask(name: str, yields: int) -> None:
             while (resident := room.residency.use(name)) is None:
                 await room.bring(name, wait=5)
             room.engine._answering[resident.engine_name] += 1
             assert room.engine.inside[resident.engine_name] == fingerprint_of(folders[name])
+            assert sum(count > 0 for count in room.engine._answering.values()) <= slots
             for _ in range(yields):
                 await asyncio.sleep(0)
             room.engine._answering[resident.engine_name] -= 1
@@ -244,7 +260,7 @@ def test_whatever_is_asked_in_whatever_order_the_engine_gets_what_it_relies_on(
             if yields % 2:
                 await asyncio.sleep(0)
         await asyncio.wait_for(asyncio.gather(*tasks), 10)
-        assert len(room.engine.inside) <= slots
+        assert len(room.engine.inside) <= max(slots, memory)
 
     asyncio.run(play())
 
@@ -257,6 +273,211 @@ async def test_an_engine_that_is_too_busy_to_try_an_adapter_out_keeps_nothing_of
         patched.setattr(room.engine, "try_out", lambda _: asyncio.sleep(60))
         with pytest.raises(NoSlot, match="too busy to try 'a' out"):
             await room.bring("a", wait=0.02)
+        await asyncio.sleep(0.03)
     assert room.inside == ""
     await room.bring("a")
     assert room.residency.use("a") is not None
+
+
+# whose turn it is
+
+
+async def held(room: Room, name: str) -> Resident:
+    await room.bring(name)
+    return room.use(name)
+
+
+async def test_a_hot_adapter_keeps_its_slot_for_fair_wait_and_then_gives_it_to_who_waits(
+    numbers: Path, folders: dict[str, Path]
+) -> None:
+    room = Room(numbers, folders, 1, fair_wait=0.1)
+    hot = [await held(room, "a")]
+    waiting = asyncio.create_task(room.bring("b", wait=5))
+    for _ in range(5):  # a request always in flight
+        await asyncio.sleep(0.005)
+        hot.append(room.use("a"))
+        room.residency.done(hot.pop(0))
+    assert not waiting.done()
+    await asyncio.sleep(0.12)
+    assert room.residency.use("a") is None, "another has waited for long enough"
+    room.residency.done(hot.pop())
+    await waiting
+    assert room.inside == "b"
+
+
+async def test_a_second_one_makes_place_when_the_first_is_at_a_long_answer(
+    numbers: Path, folders: dict[str, Path]
+) -> None:
+    room = Room(numbers, folders, 2, fair_wait=0.05)
+    long, hot = await held(room, "a"), await held(room, "b")
+    waiting = asyncio.create_task(room.bring("c", wait=5))
+    await asyncio.sleep(0.07)
+    assert room.residency.use("a") is None
+    room.residency.done(room.use("b"))
+    await asyncio.sleep(0.05)
+    assert room.residency.use("b") is None
+    room.residency.done(hot)
+    await waiting
+    assert room.inside == "ac"
+    room.residency.done(long)
+
+
+async def test_what_is_urgent_need_not_wait_for_its_turn(numbers: Path, folders: dict[str, Path]) -> None:
+    room = Room(numbers, folders, 1, fair_wait=60)
+    used = await held(room, "a")
+    waiting = asyncio.create_task(room.bring("b", wait=5, urgent=True))
+    await asyncio.sleep(0.01)
+    assert room.residency.use("a") is None
+    room.residency.done(used)
+    await waiting
+    assert room.inside == "b"
+
+
+async def test_under_a_hot_adapter_each_of_many_others_has_its_turn(numbers: Path, folders: dict[str, Path]) -> None:
+    room = Room(numbers, folders, 1, fair_wait=0.02)
+    ends = asyncio.Event()
+
+    async def ask(name: str) -> None:
+        while (resident := room.residency.use(name)) is None:
+            await room.bring(name, wait=10)
+        await asyncio.sleep(0.002)
+        room.residency.done(resident)
+
+    async def hot() -> None:
+        while not ends.is_set():
+            await ask("a")
+
+    hotting = [asyncio.create_task(hot()) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(asyncio.gather(*(ask(name) for name in "bcdebcde")), 10)
+    ends.set()
+    await asyncio.gather(*hotting)
+    assert len(room.engine.loads) <= 12, "those who want the same come in together"
+
+
+async def test_nobody_waits_behind_a_load_where_there_are_slots_enough(numbers: Path, folders: dict[str, Path]) -> None:
+    room = Room(numbers, folders, 3)
+    await room.bring("a")
+    room.engine.load_seconds = 0.05
+    loading = asyncio.create_task(room.bring("b"))
+    await asyncio.sleep(0.01)
+    room.residency.done(room.use("a"))
+    await loading
+
+
+async def test_a_client_that_goes_away_while_it_waits_leaves_nothing_waiting(
+    numbers: Path, folders: dict[str, Path]
+) -> None:
+    room = Room(numbers, folders, 1)
+    used = await held(room, "a")
+    waiting = [asyncio.create_task(room.bring("b", wait=5)) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    assert room.residency.waiting == 3
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert room.residency.waiting == 0
+    room.residency.done(room.use("a"))
+    room.residency.done(used)
+    await room.bring("c")
+    assert "b" not in room.engine.loads
+
+
+# three tiers
+
+
+async def test_memory_holds_more_than_answer_at_once_and_nothing_is_loaded_twice(
+    numbers: Path, folders: dict[str, Path]
+) -> None:
+    room = Room(numbers, folders, 2, memory=4)
+    for name in "abcdabcd":
+        await room.bring(name)
+        room.residency.done(room.use(name))
+    assert room.engine.loads == list("abcd")
+
+
+async def test_a_request_waits_for_a_slot_though_its_adapter_is_in_memory(
+    numbers: Path, folders: dict[str, Path]
+) -> None:
+    room = Room(numbers, folders, 2, memory=4)
+    for name in "abc":
+        await room.bring(name)
+    await asyncio.sleep(0.01)
+    one, two = room.use("a"), room.use("b")
+    assert room.residency.use("c") is None
+    waiting = asyncio.create_task(room.bring("c", wait=5))
+    await asyncio.sleep(0.01)
+    room.residency.done(one)
+    await waiting
+    assert room.use("c").in_flight == 1
+    room.residency.done(two)
+
+
+async def test_memory_makes_place_from_the_least_recently_used(numbers: Path, folders: dict[str, Path]) -> None:
+    room = Room(numbers, folders, 1, memory=3)
+    for name in "abcad":
+        await room.bring(name)
+        room.residency.done(room.use(name))
+    assert room.inside == "acd"
+
+
+async def test_what_is_pinned_never_leaves(numbers: Path, folders: dict[str, Path]) -> None:
+    room = Room(numbers, folders, 2, pinned="a")
+    for name in "abcde":
+        await room.bring(name)
+        room.residency.done(room.use(name))
+    assert room.inside == "ae"
+    used = room.use("e")
+    with pytest.raises(NoSlot):
+        await room.bring("b", wait=0.05)
+    room.residency.done(room.use("a"))
+    room.residency.done(used)
+
+
+# the same content under several names
+
+
+async def test_two_names_of_one_content_are_one_adapter_in_the_engine(numbers: Path, folders: dict[str, Path]) -> None:
+    room = Room(numbers, folders, 2)
+    await room.bring("a")
+    await room.residency.ensure("final", folders["a"], wait=1)
+    assert room.engine.loads == ["a"]
+    used = room.use("final")
+    assert used is room.residency.find("a")
+    await room.residency.leave("a")
+    assert room.residency.use("a") is None
+    assert room.inside == "a", "the other name still means it"
+    leaving = asyncio.create_task(room.residency.leave("final"))
+    await asyncio.sleep(0.01)
+    assert not leaving.done()
+    room.residency.done(used)
+    await leaving
+    assert room.inside == ""
+
+
+async def test_two_names_that_ask_at_once_load_it_once(numbers: Path, folders: dict[str, Path]) -> None:
+    room = Room(numbers, folders, 2)
+    room.engine.load_seconds = 0.02
+    names = ("a", "final", "a", "other")
+    await asyncio.gather(*(room.residency.ensure(name, folders["a"], wait=1) for name in names))
+    assert room.engine.loads == ["a"]
+    assert {room.use(name).engine_name for name in names} == {"a"}
+
+
+async def test_an_engine_that_does_not_let_go_is_said_and_what_waits_is_told(
+    numbers: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(numbers, folders, 1)
+    await room.bring("a")
+
+    async def stuck(_: str) -> None:
+        raise OSError("stuck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room.engine, "remove", stuck)
+        with pytest.raises(LorakitError, match="did not let go of 'a': stuck"):
+            await room.residency.leave("a")
+        with pytest.raises(OSError, match="stuck"):
+            await room.bring("b")
+    await room.bring("b")
+    assert room.inside == "b"

@@ -105,6 +105,34 @@ async def test_an_adapter_shows_its_revisions_with_step_losses_and_aliases(tmp_p
         assert [one["name"] for one in everything] == ["sql"]
 
 
+async def test_every_revision_has_the_same_fields_served_or_not_and_its_name_those_of_the_default(
+    tmp_path: Path, numbers: Path
+) -> None:
+    put_checkpoint(tmp_path / "runs" / "sql", 500, eval_loss=0.5)
+    put_checkpoint(tmp_path / "runs" / "sql", 1000, rank=32)
+    async with serving(tmp_path, numbers) as served:
+        shown = await adapter(served.client, "sql")
+        ready, refused = shown["revisions"]
+        assert ready.keys() == refused.keys()
+        assert (ready["residency"], refused["residency"]) == ("memory", None)
+        for field in ("step", "epoch", "train_loss", "eval_loss", "state", "reason", "aliases", "requests"):
+            assert field in shown
+            assert field in ready
+        assert (shown["step"], shown["eval_loss"], shown["train_loss"]) == (500, 0.5, 1.5)
+
+
+async def test_a_name_says_what_a_rollback_of_it_would_lead_to(tmp_path: Path, numbers: Path) -> None:
+    put_checkpoint(tmp_path / "runs" / "sql", 500)
+    async with serving(tmp_path, numbers) as served:
+        first = await adapter(served.client, "sql")
+        assert first["previous"] is None
+        put_checkpoint(tmp_path / "runs" / "sql", 1000)
+        await served.until(lambda: served.reconciler.resolve("sql").facts.step == 1000)
+        assert (await adapter(served.client, "sql"))["previous"] == first["revision"]
+        back = (await served.client.post("/v1/adapters/sql/rollback")).json()
+        assert back["revision"] == first["revision"]
+
+
 async def test_a_name_of_which_nothing_is_served_is_shown_with_its_reason(tmp_path: Path, numbers: Path) -> None:
     put_checkpoint(tmp_path / "runs" / "sql", 100, rank=32)
     async with serving(tmp_path, numbers) as served:

@@ -32,8 +32,11 @@ class Program:
         return httpx.get(self.address + path, timeout=timeout)
 
     def answered_by(self) -> int | None:
-        """The engine's process, when one answers."""
-        answer = self.get()
+        """The engine's process, when one answers; one that dies meanwhile does not."""
+        try:
+            answer = self.get()
+        except (httpx.RemoteProtocolError, httpx.ReadError):
+            return None
         if answer.status_code == 503:
             return None
         return int(answer.text.removeprefix("engine "))
@@ -64,10 +67,10 @@ class Program:
 
 
 @contextmanager
-def supervising(folder: Path, *flags: str) -> Iterator[Program]:
-    with (folder / "log").open("w") as log:
+def supervising(folder: Path, *flags: str, verb: str = "supervise") -> Iterator[Program]:
+    with (folder / ("log" if verb == "supervise" else "log2")).open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server.programs", "supervise", str(folder / "pids"), *flags],
+            [sys.executable, "-m", "tests.server.programs", verb, str(folder / "pids"), *flags],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "TMPDIR": str(folder)},
         )  # fmt: skip
         try:
@@ -206,7 +209,7 @@ def test_an_engine_that_was_up_once_is_started_again_however_often_it_fails(tmp_
 
 
 def test_an_engine_that_hangs_is_answered_for_and_started_again(tmp_path: Path) -> None:
-    with supervising(tmp_path) as program:
+    with supervising(tmp_path, "quick") as program:
         first = program.until_up()
         with pytest.raises(httpx.ReadTimeout):
             program.get("/hang", timeout=0.3)
@@ -223,12 +226,62 @@ def silent(program: Program) -> bool:
         return False
 
 
-def test_kill_9_of_the_supervisor_ends_the_engine(tmp_path: Path) -> None:
-    with supervising(tmp_path) as program:
+def test_an_engine_that_calls_itself_dead_is_started_again_at_once_and_its_last_words_are_handed_down(
+    tmp_path: Path,
+) -> None:
+    with supervising(tmp_path, "ill") as program:
+        first = program.until_up()
+        program.until_up(but=first)
+        said = program.until(lambda: program.until_up() and "how" in (text := program.get("/told").text) and text)
+        assert "the engine before this one ended: its own health check says that it is dead" in str(said)
+        assert "loading weights now" in str(said)
+        assert "it is started again in 0.2 s" in program.log
+
+
+def test_an_engine_that_is_there_but_answers_no_canary_is_answered_for_and_started_again(tmp_path: Path) -> None:
+    with supervising(tmp_path, "numb", "quick") as program:
+        first = program.until_up()
+        program.until(lambda: program.get("/").status_code == 503)
+        assert "does not answer" in program.get().text
+        assert program.until_up(but=first) != first
+        assert gone(first)()
+        assert "it has not answered for" in program.log
+
+
+@pytest.mark.slow
+def test_an_engine_whose_canary_is_late_is_left_alone_while_it_works_for_others(tmp_path: Path) -> None:
+    with supervising(tmp_path, "busy", "quick") as program:
         engine = program.until_up()
+        time.sleep(3)
+        assert program.answered_by() == engine
+
+
+@pytest.mark.slow
+def test_an_engine_that_answers_the_canary_wrong_again_and_again_is_started_again(tmp_path: Path) -> None:
+    with supervising(tmp_path, "mad") as program:
+        first = program.until_up()
+        program.until_up(but=first)
+        assert "the engine is ended: its first token has the logprob [nan]" in program.log
+
+
+def test_an_engine_that_starts_and_says_nothing_for_too_long_is_given_up(tmp_path: Path) -> None:
+    with supervising(tmp_path, "mute", "quick") as program:
+        assert program.process.wait(15) == 1
+        assert "vLLM did not start: it has logged nothing for" in program.log
+        assert gone(*program.engines)()
+
+
+@pytest.mark.parametrize("numb", [False, True])
+def test_kill_9_of_the_supervisor_ends_the_engine_and_what_it_started(tmp_path: Path, numb: bool) -> None:
+    """Its child hears no SIGTERM, and holds all handles that its parent had at its start; nor need its parent hear."""
+    with supervising(tmp_path, "orphan") as program:
+        engine = program.until_up()
+        orphan = int((tmp_path / "pids.orphan").read_text())
+        if numb:
+            os.kill(engine, signal.SIGSTOP)
         program.process.kill()
         program.process.wait()
-        program.until(gone(engine))
+        program.until(gone(engine, orphan))
         with pytest.raises(httpx.ConnectError):
             program.get()
 

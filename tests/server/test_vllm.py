@@ -9,7 +9,16 @@ import pytest
 
 from lorakit.errors import EngineFailed, UsageError
 from lorakit.server import vllm
-from lorakit.server.vllm import Installed, allowed_rank, environment, installed, phase_of, refuse_own_flags
+from lorakit.server.vllm import (
+    Installed,
+    allowed_rank,
+    environment,
+    installed,
+    phase_of,
+    refuse_own_flags,
+    tokens_counted,
+    undecorated,
+)
 
 CPU = Installed((0, 32, 0), "0.32.0+cpu", True)
 NEW_CPU = Installed((0, 33, 0), "0.33.0+cpu", True)
@@ -121,6 +130,30 @@ def test_the_kv_cache_on_a_cpu_is_a_modest_part_of_the_memory() -> None:
 )
 def test_a_line_of_the_log_says_what_vllm_is_doing(text: str, phase: str | None) -> None:
     assert phase_of(text) == phase
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        ("(APIServer pid=12) lorakit: ready", "lorakit: ready"),
+        ('(APIServer pid=12) {"level": "info"}', '{"level": "info"}'),
+        ("(APIServer pid=12) INFO 11-21 [x.py:1] lorakit: no", "(APIServer pid=12) INFO 11-21 [x.py:1] lorakit: no"),
+        ("lorakit: (APIServer pid=12) lorakit: x", "lorakit: (APIServer pid=12) lorakit: x"),
+    ],
+)
+def test_lorakits_own_lines_are_taken_out_of_what_vllm_before_031_puts_around_them(text: str, own: str) -> None:
+    assert undecorated(text) == own
+
+
+def test_a_vllm_says_how_many_tokens_it_has_made_or_nothing_of_them() -> None:
+    told = b"""# TYPE vllm:prompt_tokens_total counter
+vllm:prompt_tokens_total{engine="0",model_name="base"} 12.0
+vllm:prompt_tokens_total{engine="1",model_name="base"} 1e+06
+vllm:generation_tokens_total{engine="0",model_name="base"} 3.0
+vllm:iteration_tokens_total_count{engine="0",model_name="base"} 99.0
+"""
+    assert tokens_counted(told) == 1_000_015
+    assert tokens_counted(b"vllm:num_requests_running 1.0\n") is None
 
 
 def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:

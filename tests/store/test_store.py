@@ -82,7 +82,7 @@ def test_another_process_finds_all_that_is_known(store: Store) -> None:
     one, two = add(store, step=100, content="one"), add(store, step=200, content="two")
     store.move_alias("sql", "", two.id, "follow")
     store.move_alias("sql", "prod", one.id, "set")
-    store.pin("sql", True)
+    store.move_alias("sql", "", store.runs()["sql"].aliases[""], "set", pinned=True)
     other = again(store)
     found = other.runs()["sql"]
     other.close()
@@ -335,3 +335,51 @@ def test_home_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_home() == tmp_path / ".local" / "share" / "lorakit"
+
+
+def test_a_move_and_whether_it_stays_are_one_change(store: Store) -> None:
+    one, two = add(store, step=100, content="one"), add(store, step=200, content="two")
+    store.move_alias("sql", "", two.id, "follow")
+    store.move_alias("sql", "", one.id, "rollback", pinned=True)
+    assert (store.runs()["sql"].aliases, store.runs()["sql"].pinned) == ({"": one.id}, True)
+    store.move_alias("sql", "prod", two.id, "set")
+    assert store.runs()["sql"].pinned
+    store.move_alias("sql", "", two.id, "set", pinned=False)
+    assert not store.runs()["sql"].pinned
+
+
+def test_what_is_passed_over_is_so_until_somebody_points_at_it(store: Store) -> None:
+    one, two = add(store, step=100, content="one"), add(store, step=200, content="two")
+    store.move_alias("sql", "", two.id, "follow")
+    store.move_alias("sql", "", one.id, "automatic rollback", passed_over={two.id: "it fails"})
+    other = again(store)
+    assert other.passed_over() == {two.id: "it fails"}
+    other.close()
+    assert Store(store.home, "another base").passed_over() == {}
+    store.move_alias("sql", "prod", two.id, "set")
+    assert store.passed_over() == {}
+
+
+def test_what_is_removed_is_gone_with_its_files_unless_an_alias_or_another_needs_it(store: Store) -> None:
+    aliased, gone, shared = (add(store, step=step, content=str(step)) for step in (100, 200, 300))
+    kept = add(store, "chat", 5, content="300")
+    store.move_alias("sql", "prod", aliased.id, "set")
+    removed, folders = store.remove([aliased.id, gone.id, shared.id, 12345])
+    assert (removed, folders) == ([gone.id, shared.id], [gone.folder])
+    runs = store.runs()
+    assert (set(runs["sql"].revisions), set(runs["chat"].revisions)) == ({aliased.id}, {kept.id})
+    assert [finish.revision for finish in runs["sql"].finishes] == [aliased.id]
+    assert store.source("sql", gone.source) is not None, "its folder is not taken in again"
+
+
+def test_the_journal_of_an_alias_does_not_grow_for_ever(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.store.store.JOURNAL", 5)
+    one, two = add(store, step=100, content="one"), add(store, step=200, content="two")
+    store.move_alias("sql", "prod", one.id, "set")
+    for _ in range(10):
+        for revision in (one, two):
+            store.move_alias("sql", "", revision.id, "follow")
+    assert store._database.rows("SELECT alias, count(*) FROM moves GROUP BY alias ORDER BY alias") == [
+        ("", 5), ("prod", 1),
+    ]  # fmt: skip
+    assert store.previous("sql", "") == one.id
