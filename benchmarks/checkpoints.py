@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tests' sm
 from tests.checkpoints.written import evaluated, write_checkpoint
 
 if TYPE_CHECKING:
-    from lorakit.server.watcher import Watcher
+    from lorakit.server.following.watcher import Watcher
 
 LOGGED = 20  # entries in a checkpoint's log
 SCANS = 40
@@ -66,7 +66,7 @@ def listing(run: Path, count: int, repeat: int) -> None:
 
 def watching(run: Path, checkpoints: int) -> None:
     """As the server does: a scan each half second, of a run in which nothing changes."""
-    from lorakit.server.watcher import Watcher
+    from lorakit.server.following.watcher import Watcher
 
     for count in (100, 1000, checkpoints):
         many(run, count)

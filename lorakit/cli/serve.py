@@ -100,9 +100,9 @@ def command(
     (`mix(sql@best=0.7,chat=0.3)`).
     """
     from lorakit.merge.base import read_base
-    from lorakit.server import vllm
-    from lorakit.server.running import run_engine, run_in_front
+    from lorakit.server.engines import vllm
     from lorakit.server.settings import from_mapping, named_path
+    from lorakit.server.supervision.running import run_engine, run_in_front
     from lorakit.store.names import check_name
 
     if engine is not None:
@@ -180,8 +180,8 @@ def _refuse_beside_engine(url: str, *, takeover: bool, dry_run: bool, arguments:
 
 def _refuse_unusable(settings: Settings) -> None:
     """Raises NotFound, UsageError where a file can't be read, or what was said can't be; before vLLM is started."""
-    from lorakit.server.retention import retention_of
-    from lorakit.server.smoke import read_smokes
+    from lorakit.server.following.retention import retention_of
+    from lorakit.server.following.smoke import read_smokes
 
     _ = settings.following  # which metric is better as it is less, or more
     retention_of(settings.keep_revisions, settings.retention)

@@ -16,17 +16,17 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.errors import EngineFailed, LorakitError
-from lorakit.server.answers import error_response, unavailable
-from lorakit.server.asking import MODEL_ROUTES, Asking
-from lorakit.server.engine import Engine
-from lorakit.server.exchange import header
-from lorakit.server.listener import Supervised, supervised
-from lorakit.server.logs import log_answered, log_to_stderr
-from lorakit.server.metrics import Metrics
-from lorakit.server.reconciler import Reconciler
-from lorakit.server.request_id import identified
+from lorakit.server.engines.engine import Engine
+from lorakit.server.following.reconciler import Reconciler
+from lorakit.server.requests.answers import error_response, unavailable
+from lorakit.server.requests.asking import MODEL_ROUTES, Asking
+from lorakit.server.requests.exchange import header
 from lorakit.server.settings import Settings, from_environment
-from lorakit.server.tracing import Tracing, configured_tracing, traced
+from lorakit.server.sight.logs import log_answered, log_to_stderr
+from lorakit.server.sight.metrics import Metrics
+from lorakit.server.sight.request_id import identified
+from lorakit.server.sight.tracing import Tracing, configured_tracing, traced
+from lorakit.server.supervision.listener import Supervised, supervised
 
 OPEN_TO_ALL = ("/health", "/ready", "/ping", "/version", "/docs", "/redoc", "/openapi.json")
 OWN = frozenset(
@@ -92,7 +92,7 @@ class Gateway:
 
     async def _start(self, app: Any) -> None:
         """vLLM is up, and about to listen: find out what it is, then listen where the supervisor listens."""
-        from lorakit.server.vllm import InsideEngine
+        from lorakit.server.engines.vllm import InsideEngine
 
         settings = self._settings or from_environment()
         engine = InsideEngine(self._inner, app, settings.max_loras)

@@ -23,8 +23,7 @@ from typing import Any
 from lorakit.adapters.reading import load_adapter
 from lorakit.convert.answers import MERGE, Check
 from lorakit.errors import EngineFailed, LorakitError
-from lorakit.server.engine_process import end_with_parent
-from lorakit.server.vllm import (
+from lorakit.server.engines.vllm import (
     Installed,
     allowed_rank,
     environment,
@@ -33,6 +32,7 @@ from lorakit.server.vllm import (
     prompt_logprobs,
     prompt_question,
 )
+from lorakit.server.supervision.engine_process import end_with_parent
 
 PROMPT = "The capital of France is Paris. 2 + 2 = 4. def add(a, b): return a + b"
 LENGTH = 24  # tokens of it, or as many others where there is no tokenizer

@@ -17,13 +17,13 @@ from starlette.exceptions import HTTPException
 
 from lorakit import __version__
 from lorakit.errors import Conflict, LorakitError, NotFound, Refused
-from lorakit.server.answers import PlainJSON, error_response
-from lorakit.server.engine import LoadFailed
-from lorakit.server.metrics import CONTENT_TYPE, Metrics
-from lorakit.server.mix_making import MixNotMade, MixRefused
-from lorakit.server.mix_routes import mix_router
-from lorakit.server.reconciler import Reconciler
-from lorakit.server.residency import NoSlot
+from lorakit.server.engines.engine import LoadFailed
+from lorakit.server.following.reconciler import Reconciler
+from lorakit.server.following.residency import NoSlot
+from lorakit.server.mixes.making import MixNotMade, MixRefused
+from lorakit.server.mixes.routes import mix_router
+from lorakit.server.requests.answers import PlainJSON, error_response
+from lorakit.server.sight.metrics import CONTENT_TYPE, Metrics
 from lorakit.server.views import adapter_view, model_cards
 
 STATUS: tuple[tuple[type[LorakitError], int, str], ...] = (

@@ -14,8 +14,8 @@ from lorakit.checkpoints.finished import QUIET
 from lorakit.checkpoints.retention import Mode
 from lorakit.checkpoints.retention_file import mode_of
 from lorakit.errors import UsageError
-from lorakit.server.following import EVAL_LOSS, FOLLOWS, Follow, Following
-from lorakit.server.logs import LOG_FORMATS, LogFormat
+from lorakit.server.following.rules import EVAL_LOSS, FOLLOWS, Follow, Following
+from lorakit.server.sight.logs import LOG_FORMATS, LogFormat
 from lorakit.store.store import default_home
 
 VARIABLE = "LORAKIT_SERVE"  # the whole object as JSON, from the supervisor

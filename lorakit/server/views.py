@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lorakit.server.served import Served, Waiting
+from lorakit.server.following.served import Served, Waiting
 from lorakit.store.catalog import Facts, Revision, Run
 
 NOWHERE = {"in_engine": False, "residency": None, "in_flight": 0}

@@ -29,7 +29,7 @@ from lorakit.checkpoints.metadata import (
 from lorakit.checkpoints.places import LocalPlace
 from lorakit.errors import NotFound
 from lorakit.merge.base import read_base
-from lorakit.server.intake import take_in
+from lorakit.server.following.intake import take_in
 from lorakit.store.store import Store
 from tests.checkpoints.writings import distributed_metadata
 from tests.checkpoints.written import evaluated, finish, write_checkpoint, write_model_checkpoint

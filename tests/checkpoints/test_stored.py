@@ -9,7 +9,7 @@ from lorakit.checkpoints.locate import find_stored
 from lorakit.checkpoints.metadata import Metadata
 from lorakit.checkpoints.stored import row_of, rows_in_store
 from lorakit.merge.base import read_base
-from lorakit.server.intake import take_in
+from lorakit.server.following.intake import take_in
 from lorakit.store.catalog import Facts
 from lorakit.store.kept import Described, Kept, keep_checkpoint
 from lorakit.store.store import Store

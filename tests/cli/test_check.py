@@ -17,7 +17,7 @@ from lorakit.checkpoints.finished import look_at
 from lorakit.convert.answers import Check
 from lorakit.errors import Refused
 from lorakit.merge.base import read_base
-from lorakit.server.intake import take_in
+from lorakit.server.following.intake import take_in
 from lorakit.store.store import Store
 from tests.checkpoints.written import finish, write_checkpoint
 from tests.cli.commands import lorakit

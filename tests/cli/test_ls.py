@@ -125,7 +125,7 @@ def test_aliases_come_from_the_store(
 ) -> None:
     from lorakit.checkpoints.finished import look_at
     from lorakit.merge.base import read_base
-    from lorakit.server.intake import take_in
+    from lorakit.server.following.intake import take_in
     from tests.folders import write_base
 
     folder = runs / "sql" / "checkpoint-200"

@@ -21,10 +21,10 @@ import httpx
 from starlette.types import Receive, Scope, Send
 
 from lorakit.files.digests import file_digest
-from lorakit.server.answered import Answered
-from lorakit.server.engine import Limits, LoadFailed
+from lorakit.server.engines.engine import Limits, LoadFailed
+from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.gateway import Gateway
-from lorakit.server.reconciler import Reconciler
+from lorakit.server.requests.answered import Answered
 from lorakit.server.settings import Settings
 from tests.folders import factors, linear_modules, write_adapter
 

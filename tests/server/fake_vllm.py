@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from lorakit.server.listener import public_server
-from lorakit.server.supervisor import listen
+from lorakit.server.supervision.listener import public_server
+from lorakit.server.supervision.supervisor import listen
 from tests.server.fake_engine import WEIGHTS, fingerprint_of
 
 ROUTES = ("/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models", "/version")

@@ -82,8 +82,8 @@ class Reconciler:
 
 
 async def _engine(flags: set[str]) -> None:
-    from lorakit.server import listener
     from lorakit.server.settings import Settings
+    from lorakit.server.supervision import listener
 
     listener.HEARTBEAT = 0.2
 
@@ -112,9 +112,9 @@ def supervise(pids: Path, flags: list[str], takeover: bool = False) -> None:
     from dataclasses import replace
 
     from lorakit.errors import LorakitError
-    from lorakit.server import supervisor as module
-    from lorakit.server.supervisor import Supervisor, Times, listen
-    from lorakit.server.takeover import SUFFIX, take_over
+    from lorakit.server.supervision import supervisor as module
+    from lorakit.server.supervision.supervisor import Supervisor, Times, listen
+    from lorakit.server.supervision.takeover import SUFFIX, take_over
     from lorakit.store.serving import serving, serving_now
 
     module.BACKOFF = (0.2,)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.server.listener import public_server
-from lorakit.server.logs import log
+from lorakit.server.sight.logs import log
+from lorakit.server.supervision.listener import public_server
 from tests.server.fake_engine import FakeEngine, Served, serving
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.server.answers import PlainJSON, error_response, unavailable
+from lorakit.server.requests.answers import PlainJSON, error_response, unavailable
 
 
 @given(st.text(st.characters(codec=None)))

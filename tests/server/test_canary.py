@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.server.canary import ENOUGH, Canary
+from lorakit.server.engines.canary import ENOUGH, Canary
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio

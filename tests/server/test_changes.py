@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from lorakit.server.changes import Changes
+from lorakit.server.following.changes import Changes
 
 pytestmark = pytest.mark.anyio
 

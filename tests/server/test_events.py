@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from lorakit.server.events import Event, Events
+from lorakit.server.sight.events import Event, Events
 
 pytestmark = pytest.mark.anyio
 

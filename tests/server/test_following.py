@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.server.following import Following, followed
+from lorakit.server.following.rules import Following, followed
 from lorakit.store.catalog import Facts, Finish, Label, Revision, Run
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.server.answered import Answered
-from lorakit.server.guard import Rate, failed, worse_than
+from lorakit.server.following.guard import Rate, failed, worse_than
+from lorakit.server.requests.answered import Answered
 from tests.server.fake_engine import FakeEngine, Served, fingerprint_of, put_checkpoint, serving
 
 pytestmark = pytest.mark.anyio

@@ -17,8 +17,8 @@ from lorakit.checkpoints.finished import look_at
 from lorakit.errors import Incomplete, Refused
 from lorakit.files import folders
 from lorakit.merge.base import BaseModel, read_base
-from lorakit.server import intake
-from lorakit.server.intake import Taken, take_in
+from lorakit.server.following import intake
+from lorakit.server.following.intake import Taken, take_in
 from lorakit.store.store import Store
 from tests.folders import base_tensors, factors, write_adapter, write_base
 from tests.server.fake_engine import overwrite, put_adapter, put_checkpoint

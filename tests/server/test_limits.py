@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.server.limits import InFlight, TooMany
+from lorakit.server.requests.limits import InFlight, TooMany
 
 
 def test_each_limit_counts_its_own_and_forgets_what_ended() -> None:

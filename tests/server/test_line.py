@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from lorakit.server.line import Line, pair
+from lorakit.server.supervision.line import Line, pair
 
 pytestmark = pytest.mark.anyio
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import UsageError
-from lorakit.server.answered import Answered
-from lorakit.server.logs import JsonLines, TextLines, engine_line, log, log_answered, own_line
-from lorakit.server.request_id import current_request
+from lorakit.server.requests.answered import Answered
 from lorakit.server.settings import from_environment
+from lorakit.server.sight.logs import JsonLines, TextLines, engine_line, log, log_answered, own_line
+from lorakit.server.sight.request_id import current_request
 from lorakit.store.catalog import Facts, Revision
 from tests.server.fake_engine import put_checkpoint, serving
 

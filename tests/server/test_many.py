@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.merge.base import read_base
-from lorakit.server.events import Event
+from lorakit.server.sight.events import Event
 from lorakit.store.catalog import Facts
 from lorakit.store.database import open_database
 from lorakit.store.store import open_store

@@ -12,9 +12,9 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from lorakit.server.answered import Answered
-from lorakit.server.events import Events
-from lorakit.server.metrics import MOST_ALIASES, Metrics, without_families
+from lorakit.server.requests.answered import Answered
+from lorakit.server.sight.events import Events
+from lorakit.server.sight.metrics import MOST_ALIASES, Metrics, without_families
 from lorakit.store.catalog import Facts, Revision
 from tests.readme import ROOT
 from tests.server.fake_engine import FakeEngine, Served, fingerprint_of, put_adapter, put_checkpoint, serving

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.errors import Refused
-from lorakit.server.mix_text import LONGEST, MOST_ADAPTERS, MixText, parse_mix
+from lorakit.server.mixes.text import LONGEST, MOST_ADAPTERS, MixText, parse_mix
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from lorakit.mix.lineage import lineage_of
-from lorakit.server import mixes as module
+from lorakit.server.mixes import kept as module
 from lorakit.store.store import open_store
 from tests.folders import factors, linear_modules
 from tests.server.fake_engine import (

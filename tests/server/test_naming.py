@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.server.naming import named_answer
+from lorakit.server.requests.naming import named_answer
 
 
 def played(parts: list[bytes], name: str, engine_name: str) -> tuple[list[Any], bytes]:

@@ -80,7 +80,7 @@ def in_front(base: Path, url: str, folder: Path) -> Iterator[Server]:
 @contextmanager
 def hiding_removal(url: str) -> Iterator[str]:
     """What stands before a vLLM, and keeps from others that it can remove adapters."""
-    from lorakit.server.remote import Http
+    from lorakit.server.engines.remote import Http
     from tests.server.fake_vllm import listening
 
     address: list[str] = []

@@ -15,8 +15,8 @@ import pytest
 
 from lorakit.errors import Incomplete, LorakitError, NotFound, Refused
 from lorakit.merge.base import read_base
-from lorakit.server.engine import LoadFailed
-from lorakit.server.reconciler import Reconciler
+from lorakit.server.engines.engine import LoadFailed
+from lorakit.server.following.reconciler import Reconciler
 from lorakit.store.store import Store
 from tests.checkpoints.writings import lora_state
 from tests.server.fake_engine import (
@@ -472,7 +472,7 @@ async def test_what_nobody_thought_of_in_one_folder_keeps_no_other_from_being_se
 ) -> None:
     put_checkpoint(tmp_path / "runs" / "a", 100)
     put_checkpoint(tmp_path / "runs" / "b", 100)
-    from lorakit.server import arrivals
+    from lorakit.server.following import arrivals
 
     real = arrivals.take_in
 
@@ -890,7 +890,7 @@ async def test_what_waits_for_a_slot_holds_up_no_other_run_and_no_administration
 async def test_of_a_long_run_the_newest_is_served_before_the_others_are_there(
     tmp_path: Path, numbers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorakit.server import arrivals
+    from lorakit.server.following import arrivals
 
     monkeypatch.setattr(arrivals, "GLANCES", 3)
     for step in range(1, 9):

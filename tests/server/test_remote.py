@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from lorakit.errors import EngineFailed
-from lorakit.server.engine import LoadFailed
-from lorakit.server.front import Front
-from lorakit.server.remote import Http, RemoteEngine
+from lorakit.server.engines.engine import LoadFailed
+from lorakit.server.engines.front import Front
+from lorakit.server.engines.remote import Http, RemoteEngine
 from tests.server.fake_engine import fingerprint_of, put_adapter, put_checkpoint, settings_for
 from tests.server.fake_vllm import FakeVllm, listening
 

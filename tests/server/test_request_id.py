@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.server.answered import Answered
+from lorakit.server.requests.answered import Answered
 from tests.server.fake_engine import put_checkpoint, serving
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from lorakit.server.requests import (
+from lorakit.server.requests.models import (
     BadBody,
     ClientLeft,
     NoObject,

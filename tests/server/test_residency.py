@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.errors import LorakitError
-from lorakit.server.engine import LoadFailed
-from lorakit.server.residency import NoSlot, Residency
-from lorakit.server.turns import Resident
+from lorakit.server.engines.engine import LoadFailed
+from lorakit.server.following.residency import NoSlot, Residency
+from lorakit.server.following.turns import Resident
 from tests.server.fake_engine import FakeEngine, fingerprint_of, put_adapter
 
 pytestmark = pytest.mark.anyio

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import NotFound, UsageError
-from lorakit.server.retention import going, retention_of
+from lorakit.server.following.retention import going, retention_of
 from lorakit.store.catalog import Run
 from tests.server.test_following import run_of
 

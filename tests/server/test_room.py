@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.server.room import free_memory, no_room_beside, no_room_on_gpu
+from lorakit.server.supervision.room import free_memory, no_room_beside, no_room_on_gpu
 
 GIB = 2**30
 
@@ -41,7 +41,7 @@ def test_what_is_free_is_the_least_of_the_machine_and_of_each_group_around(tmp_p
 
 def test_an_engine_that_holds_more_than_is_free_has_no_room_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert no_room_beside([os.getpid()]) is None
-    monkeypatch.setattr("lorakit.server.room.free_memory", lambda: 1 << 20)
+    monkeypatch.setattr("lorakit.server.supervision.room.free_memory", lambda: 1 << 20)
     assert "without --takeover" in str(no_room_beside([os.getpid()]))
     assert no_room_beside([2**22 + 1]) is None, "one that is gone holds nothing"
 

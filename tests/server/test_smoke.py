@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakit.errors import NotFound, UsageError
-from lorakit.server.smoke import read_smokes, what_fails
+from lorakit.server.following.smoke import read_smokes, what_fails
 
 pytestmark = pytest.mark.anyio
 

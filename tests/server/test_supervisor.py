@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from lorakit.errors import Conflict, UsageError
-from lorakit.server.supervisor import RUNTIME_PREFIX, listen
+from lorakit.server.supervision.supervisor import RUNTIME_PREFIX, listen
 
 ROOT = Path(__file__).parents[2]
 

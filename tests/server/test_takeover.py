@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from lorakit.errors import Conflict, NotFound
-from lorakit.server.takeover import door, take_over
+from lorakit.server.supervision.takeover import door, take_over
 from lorakit.store.serving import serving
 from tests.server.fake_engine import put_checkpoint
 from tests.server.fake_engine import serving as serving_fake

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from lorakit.server.tallies import Count, Level, Times, exposition
+from lorakit.server.sight.tallies import Count, Level, Times, exposition
 
 ENDS = (0.1, 0.5, 2)
 seconds = st.floats(0, 5) | st.sampled_from(ENDS)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lorakit.errors import Refused
-from lorakit.server.templates import OwnTemplates, own_templates, shared_templates, templates_in
-from lorakit.server.vllm import templated
+from lorakit.server.engines.vllm import templated
+from lorakit.server.requests.templates import OwnTemplates, own_templates, shared_templates, templates_in
 from lorakit.store.catalog import Facts, Revision
 
 

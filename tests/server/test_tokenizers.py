@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.server.tokenizers import foreign_tokens
+from lorakit.server.requests.tokenizers import foreign_tokens
 
 VOCABULARY = {"a": 0, "b": 1, "c": 2}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.server.tracing import configured_tracing
+from lorakit.server.sight.tracing import configured_tracing
 from tests.server.fake_engine import put_checkpoint, serving
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -135,7 +135,7 @@ def test_an_exporter_that_can_not_be_made_is_said_and_the_server_goes_on(
     def broken() -> None:
         raise RuntimeError("no certificate")
 
-    monkeypatch.setattr("lorakit.server.tracing.entry_points", lambda **_: [SimpleNamespace(load=lambda: broken)])
+    monkeypatch.setattr("lorakit.server.sight.tracing.entry_points", lambda **_: [SimpleNamespace(load=lambda: broken)])
     assert configured_tracing({"OTEL_TRACES_EXPORTER": "otlp"}) is None
     assert "no certificate" in caplog.text
 
@@ -143,7 +143,7 @@ def test_an_exporter_that_can_not_be_made_is_said_and_the_server_goes_on(
 def test_the_service_is_called_as_the_environment_says() -> None:
     program = """
 import os
-from lorakit.server.tracing import configured_tracing
+from lorakit.server.sight.tracing import configured_tracing
 tracing = configured_tracing()
 print(tracing._own.resource.attributes["service.name"])
 """
@@ -158,7 +158,7 @@ def test_without_opentelemetry_a_server_that_is_asked_to_trace_says_so_and_goes_
     program = """
 import sys
 sys.modules["opentelemetry"] = None
-from lorakit.server.tracing import configured_tracing
+from lorakit.server.sight.tracing import configured_tracing
 assert configured_tracing({}) is None
 assert configured_tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}) is None
 """
@@ -174,7 +174,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import set_tracer_provider
-from lorakit.server.tracing import configured_tracing
+from lorakit.server.sight.tracing import configured_tracing
 spans, provider = InMemorySpanExporter(), TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(spans))
 set_tracer_provider(provider)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import EngineFailed, UsageError
-from lorakit.server import vllm
-from lorakit.server.vllm import (
+from lorakit.server.engines import vllm
+from lorakit.server.engines.vllm import (
     Installed,
     allowed_rank,
     environment,

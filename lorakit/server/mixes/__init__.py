@@ -1,0 +1,1 @@
+"""Mixes at request time: read, made, kept, and named."""

@@ -1,0 +1,1 @@
+"""A request's way: read, counted in, handed on, named, counted out."""

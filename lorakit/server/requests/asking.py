@@ -1,0 +1,265 @@
+"""The way of a request for a model: read once, admitted, resolved, counted in, handed on, named, and counted out."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from lorakit.errors import LorakitError, NotFound, Refused
+from lorakit.server.engines.engine import Engine, LoadFailed
+from lorakit.server.following.reconciler import Reconciler
+from lorakit.server.following.residency import NoSlot
+from lorakit.server.following.turns import Resident
+from lorakit.server.mixes.making import MixNotMade, MixRefused
+from lorakit.server.mixes.text import OPENS
+from lorakit.server.requests.answers import error_response, unavailable
+from lorakit.server.requests.exchange import Exchange, header
+from lorakit.server.requests.limits import InFlight, TooMany
+from lorakit.server.requests.models import (
+    Asked,
+    BadBody,
+    ClientLeft,
+    NoModel,
+    NoObject,
+    TooLarge,
+    is_form,
+    is_json,
+    read_body,
+    read_form,
+    read_json,
+)
+from lorakit.server.requests.naming import named_answer, with_mix_error
+from lorakit.server.requests.patience import Patience
+from lorakit.server.requests.stored_responses import PATH as RESPONSES
+from lorakit.server.requests.stored_responses import StoredResponses
+from lorakit.server.requests.templates import OwnTemplates
+from lorakit.store.catalog import Revision
+from lorakit.store.mixes import RUN as MIXES
+from lorakit.store.names import split_model
+
+# What has to name a model in its JSON body; elsewhere it may, and what names none is handed on as it is.
+WITH_MODEL = frozenset(
+    {
+        "/v1/completions", "/v1/completions/render", "/v1/chat/completions", "/v1/chat/completions/batch",
+        "/v1/chat/completions/render", "/v1/responses", "/v1/responses/render", "/v1/embeddings", "/v1/messages",
+        "/v1/messages/count_tokens", "/v1/messages/render", "/v1/score", "/v1/rerank", "/pooling", "/classify",
+        "/score", "/rerank", "/v2/rerank", "/generative_scoring", "/inference/v1/generate", "/v1/systemone",
+    }
+)  # fmt: skip
+# The same, but the base is meant where none is named.
+BASE_IF_NONE = frozenset({"/tokenize", "/detokenize", "/v1/audio/transcriptions", "/v1/audio/translations"})
+
+MODEL_ROUTES = WITH_MODEL | BASE_IF_NONE
+
+REFUSALS: tuple[tuple[type[LorakitError], int, str, str | None], ...] = (
+    (NotFound, 404, "NotFoundError", "model"),
+    (TooLarge, 413, "BadRequestError", None),
+    (TooMany, 429, "RateLimitError", None),
+    (NoSlot, 503, "ServiceUnavailableError", None),
+    (MixNotMade, 503, "ServiceUnavailableError", None),
+    (MixRefused, 422, "UnprocessableEntityError", "model"),
+    (Refused, 400, "BadRequestError", "model"),
+    (NoModel, 400, "BadRequestError", "model"),
+    (BadBody, 400, "BadRequestError", None),
+)  # fmt: skip
+
+
+REFUSED = tuple(type_ for type_, *_ in REFUSALS)
+
+
+class Asking:
+    """Answers what names a model, or might."""
+
+    def __init__(self, reconciler: Reconciler) -> None:
+        settings = reconciler.settings
+        self._reconciler = reconciler
+        self._engine = reconciler.engine
+        self._in_flight = InFlight(
+            settings.max_requests, settings.max_requests_per_key, settings.max_requests_per_adapter
+        )
+        self._stored = StoredResponses(reconciler.engine)
+        self._templates = OwnTemplates()
+
+    async def close(self) -> None:
+        await self._stored.close()
+
+    def takes(self, scope: Scope, path: str) -> bool:
+        """Whether a request may name a model, or is about an answer of one."""
+        if path.startswith(f"{RESPONSES}/") and path not in WITH_MODEL:
+            return True
+        return scope["method"] == "POST" and (path in WITH_MODEL or is_json(scope) or is_form(scope))
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
+        """Answer one request, and tell what is known of it when that has ended."""
+        if path not in WITH_MODEL and path.startswith(f"{RESPONSES}/"):
+            await self._stored.answer(scope, receive, send, path)
+            return
+        exchange = Exchange(scope, receive, send, path)
+        try:
+            async with Patience(self._reconciler.settings.request_timeout, exchange) as patience:
+                try:
+                    await self._answer(scope, exchange, patience)
+                except ClientLeft:
+                    pass
+                except REFUSED as error:
+                    await _refusal(error)(scope, patience.receive, patience.send)
+        finally:
+            self._reconciler.answered(exchange.answered())
+
+    async def _answer(self, scope: Scope, exchange: Exchange, patience: Patience) -> None:
+        with ExitStack() as leaving:
+            leaving.enter_context(self._in_flight.from_client(header(scope, b"authorization")))
+            body = await read_body(scope, patience.receive, self._reconciler.settings.max_body * 2**20)
+            asked = _read(scope, body, exchange.path)
+            if asked is not None and not self._reconciler.settings.trust_request_chat_template:
+                refuse_template(asked)
+            if asked is None or (model := self._model_of(asked, exchange.path)) is None:
+                await self._engine.answer(scope, replayed(body, patience.receive), patience.send)
+                return
+            exchange.model = model
+            adapter = MIXES if model.startswith(OPENS) else split_model(model)[0]
+            leaving.enter_context(self._in_flight.to_adapter(adapter))
+            begun = exchange.seconds
+            revision, resident = await self._acquire(model)
+            if resident is not None:
+                leaving.callback(self._reconciler.residency.done, resident)
+            exchange.revision, exchange.waited = revision, exchange.seconds - begun
+            body = asked.naming(await self._members(exchange.path, asked, revision, resident))
+            background = bool(asked.said.get("background"))
+            receive = replayed(body, patience.receive)
+            scope = _with_length(scope, len(body))
+            del asked, body  # large ones are not kept for as long as the answer takes
+            if not patience.over:
+                send, found = self._named(patience, revision, resident)
+                try:
+                    await self._engine.answer(scope, receive, send)
+                finally:
+                    if found and background:
+                        self._stored.hold(found[0], leaving.pop_all())
+
+    def _model_of(self, asked: Asked, path: str) -> str | None:
+        """None where it names none, and need not.
+
+        Raises:
+            NoModel: it has to.
+        """
+        model = asked.model
+        if model is None and path in BASE_IF_NONE:
+            return self._engine.limits.base
+        if model is None and path not in WITH_MODEL:
+            return None
+        if not isinstance(model, str) or not model:
+            raise NoModel("the body has to be a JSON object with a string `model`")
+        return model
+
+    async def _acquire(self, model: str) -> tuple[Revision | None, Resident | None]:
+        """The revision that a model means now, counted in: between the two nothing else runs.
+
+        Raises:
+            NotFound: there is none.
+            NoSlot: it is not in the engine, and no slot became free.
+            Refused: a mix that can't be read; MixRefused one that can't be served.
+        """
+        reconciler = self._reconciler
+        while True:
+            mixed = model.startswith(OPENS)
+            revision = await reconciler.mixes.revision_for(model) if mixed else reconciler.resolve(model)
+            if revision is None:
+                return None, None
+            resident = reconciler.residency.use(revision.name)
+            if resident is not None:
+                reconciler.requests[revision.id] = reconciler.requests.get(revision.id, 0) + 1
+                return revision, resident
+            with suppress(LoadFailed):  # it counts no more: look again
+                await reconciler.bring_in(revision)
+
+    async def _members(
+        self, path: str, asked: Asked, revision: Revision | None, resident: Resident | None
+    ) -> dict[str, Any]:
+        """What is not handed on as it came: the engine's name, and a chat template where the adapter has its own."""
+        if revision is None or resident is None:
+            return {"model": self._engine.limits.base}
+        template = await self._templates.of(revision, tools=bool(asked.said.get("tools")))
+        own = {} if template is None else self._engine.templated(path, asked.said, template)
+        return {"model": resident.engine_name, **own}
+
+    def _named(
+        self, patience: Patience, revision: Revision | None, resident: Resident | None
+    ) -> tuple[Send, list[str]]:
+        """The way of the answer; for one that is stored, its id as soon as it has said it."""
+        base = self._engine.limits.base
+        name, engine_name = revision.name if revision else base, resident.engine_name if resident else base
+        send = with_mix_error(_or_unavailable(self._engine, patience.send), self._reconciler.mixes.error_of(revision))
+        send = named_answer(send, name, engine_name)
+        return self._stored.listening(send, name, engine_name) if patience.path == RESPONSES else (send, [])
+
+
+_OF_THE_BODY = (b"content-length", b"transfer-encoding")
+
+
+def _with_length(scope: Scope, length: int) -> Scope:
+    headers = [(key, value) for key, value in scope["headers"] if key not in _OF_THE_BODY]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
+
+
+def _read(scope: Scope, body: bytes, path: str) -> Asked | None:
+    """What a body says; None where it can't name a model, and need not.
+
+    Raises:
+        BadBody: it can't be read.
+    """
+    if path in WITH_MODEL or not is_form(scope):
+        try:
+            return None if path not in WITH_MODEL and not body else read_json(body)
+        except NoObject:
+            if path in WITH_MODEL or path in BASE_IF_NONE:
+                raise
+            return None
+    return read_form(scope, body)
+
+
+def refuse_template(asked: Asked) -> None:
+    """Raises BadBody where a client brings a chat template, which is a program."""
+    inside = asked.said.get("chat_template_kwargs")
+    if asked.said.get("chat_template") or (isinstance(inside, dict) and inside.get("chat_template")):
+        raise BadBody(
+            "a chat template of a client's own is not taken here, unless the server is started with "
+            "-- --trust-request-chat-template"
+        )
+
+
+def _refusal(error: LorakitError) -> Response:
+    _, status, kind, param = next(refusal for refusal in REFUSALS if isinstance(error, refusal[0]))
+    return error_response(status, kind, str(error), param)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """The body once, then what the client does next: a disconnect has to reach the engine."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+def _or_unavailable(engine: Engine, send: Send) -> Send:
+    """Says 503 in place of the 500 of an engine that ended meanwhile: to ask again is right."""
+    ended = False
+
+    async def sent(message: Message) -> None:
+        nonlocal ended
+        if message["type"] == "http.response.start" and message["status"] >= 500 and not await engine.alive():
+            ended = True
+            await unavailable("the engine ended while it answered")({"type": "http"}, _nothing, send)
+        elif not ended:
+            await send(message)
+
+    return sent
+
+
+async def _nothing() -> Message:
+    raise RuntimeError("an error reads no body")

@@ -1,0 +1,1 @@
+"""What is to be seen of it: events, logs, metrics, traces."""
