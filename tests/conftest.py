@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -44,13 +44,3 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
-
-
-@pytest.fixture(autouse=True)
-def floats_stay_as_they_were() -> Iterator[None]:
-    """What sets torch's default dtype and leaves it so would change every model that a later test makes."""
-    yield
-    if torch := sys.modules.get("torch"):
-        found = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        assert found == torch.float32

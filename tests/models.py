@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ LINEARS["qwen2"] = LINEARS["tied-llama"] = LINEARS["llama"]
 
 def make_base(folder: Path, family: str = "llama", dtype: str = "float32", *, max_shard_size: str = "1GB") -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).to(getattr(torch, dtype))
+    config = copy.deepcopy(CONFIGS[family])  # which a model writes its dtype into
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 

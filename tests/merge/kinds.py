@@ -6,6 +6,7 @@ float64. That the formulas are right is seen by the logits: a model with these w
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -44,7 +45,7 @@ class Family:
     inputs: Callable[[], dict[str, torch.Tensor]] = lambda: {"input_ids": TOKENS}
 
     def empty(self, config: Any) -> Any:
-        return getattr(transformers, self.loader).from_config(config)
+        return getattr(transformers, self.loader).from_config(copy.deepcopy(config))  # a model writes its dtype into it
 
 
 def _picture(size: int) -> torch.Tensor:

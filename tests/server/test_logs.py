@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from lorakit.errors import UsageError
 from lorakit.server.requests.answered import Answered
 from lorakit.server.settings import from_environment
-from lorakit.server.sight.logs import JsonLines, TextLines, engine_line, log, log_answered, own_line
+from lorakit.server.sight.logs import JsonLines, TextLines, engine_line, log, log_answered, log_to_stderr, own_line
 from lorakit.server.sight.request_id import current_request
 from lorakit.store.catalog import Facts, Revision
 from tests.server.fake_engine import put_checkpoint, serving
@@ -132,3 +133,19 @@ def test_the_format_is_a_setting_and_another_word_is_refused() -> None:
     assert from_environment({"LORAKIT_LOG_FORMAT": "json"}).log_format == "json"
     with pytest.raises(UsageError, match="text, json"):
         from_environment({"LORAKIT_LOG_FORMAT": "xml"})
+
+
+def test_whoever_reads_stderr_slowly_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    slow = os.fdopen(writer, "w")
+    monkeypatch.setattr("sys.stderr", slow)
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    log_to_stderr()
+    lines = [f"{number} {'x' * 1000}" for number in range(300)]  # a pipe holds 64 KiB
+    for line in lines:
+        log.info(line)
+    read = ""
+    while read.count("\n") < len(lines):
+        read += os.read(reader, 1 << 16).decode()
+    assert read.splitlines() == [f"lorakit: {line}" for line in lines]

@@ -5,11 +5,15 @@ No line holds a header, a prompt or an answer.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
+import queue
 import re
 import time
 from collections.abc import Mapping
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any, Literal, get_args
 
 from lorakit.server.requests.answered import Answered
@@ -20,6 +24,7 @@ LOG_FORMATS: tuple[LogFormat, ...] = get_args(LogFormat)
 
 log = logging.getLogger("lorakit")
 _LEVEL = re.compile(r"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
+MOST_WAITING = 10_000  # lines
 LONGEST_NAME = 200  # letters of what a client calls a model
 
 
@@ -54,14 +59,34 @@ def json_line(
     return json.dumps(said, default=str)
 
 
+class _Aside(QueueHandler):
+    """Lines are made where they are said, which knows the request, and written elsewhere: whoever reads stderr may be
+    slow, and the event loop is not to wait for that. What is more than can wait is lost.
+    """
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
+
+
 def log_to_stderr(form: LogFormat = "text") -> None:
     """Show lorakit's own lines beside the engine's, unless the program that this runs in has set up logging for it."""
     if not log.handlers:
-        handler = logging.StreamHandler()
+        lines: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
+        handler = _Aside(lines)
         handler.setFormatter(JsonLines() if form == "json" else TextLines())
+        QueueListener(lines, logging.StreamHandler()).start()
+        atexit.register(_wait_until_written, lines)
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
+
+
+def _wait_until_written(lines: queue.Queue[logging.LogRecord]) -> None:
+    """For a second at most: nobody may be reading any more."""
+    ends = time.monotonic() + 1
+    while lines.unfinished_tasks and time.monotonic() < ends:
+        time.sleep(0.01)
 
 
 def own_line(message: str, form: LogFormat) -> str:
