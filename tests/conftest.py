@@ -38,6 +38,13 @@ def plain_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, module)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For the suite's two processes: a file is in one of them, and so are all tests that share one real vLLM."""
+    for item in items:
+        uses_world = isinstance(item, pytest.Function) and "world" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("world" if uses_world else item.nodeid.partition("::")[0]))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Names that are no text may be in what was logged; xdist hands reports on as text alone."""
