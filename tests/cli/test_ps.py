@@ -56,7 +56,9 @@ def test_revisions_that_are_only_kept_are_shown_when_asked_for(
 ) -> None:
     for step in range(2000, 2006):
         put_checkpoint(tmp_path / "runs" / "sql", step)
-    server.do(server.served.until(lambda: len(server.served.reconciler.runs["sql"].revisions) == 8))
+    run = server.served.reconciler.runs["sql"]
+    server.do(server.served.until(lambda: len(run.revisions) == 8))
+    server.do(server.served.until(lambda: run.revisions[run.aliases[""]].facts.step == 2005))
     few, many = (table(lorakit(capsys, "ps", *more).out) for more in ([], ["--all"]))
     assert len(many) == 8
     assert len(few) < len(many)

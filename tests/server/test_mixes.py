@@ -96,7 +96,10 @@ def mixes_in(folder: Path) -> int:
 
 
 def _operation(folder: Path) -> str:
-    return str(json.loads((folder / "lorakit.json").read_text())["operation"])
+    try:
+        return str(json.loads((folder / "lorakit.json").read_text())["operation"])
+    except FileNotFoundError:  # it is being removed
+        return ""
 
 
 async def name_mix(served: Served, name: str, mix: str, **more: Any) -> httpx.Response:
