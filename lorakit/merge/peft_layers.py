@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -196,7 +196,10 @@ class PeftLayers:
 
         with torch.inference_mode(False), torch.no_grad():
             layer = self._layer(module, weight.clone(), bias)
-            layer.merge()
+            with (
+                _quiet_and_reproducible() if self.method == "FROD" else nullcontext()
+            ):  # torch: "not checked"; they are
+                layer.merge()
             base = layer.get_base_layer()
             return base.weight.detach().contiguous(), None if bias is None else base.bias.detach()
 
@@ -284,9 +287,19 @@ class PeftLayers:
         self._load(model, stored)
         made = model.eval().get_submodule(_PREFIX + module)
         if self.method == "FROD":  # PEFT made U with the V of this one weight, and then read the V of all
+            self._require_indices_inside(made)
             seen = weight.T if made.fan_in_fan_out else weight
             made.frod_U[_NAME] = made._calculate_frod_u_and_lambda(made.frod_V[_NAME], seen)[0].to(weight.dtype)
         return made
+
+    def _require_indices_inside(self, made: Any) -> None:
+        """torch writes sparse values where the file's indices say, and does not look whether that is inside."""
+        side = made.frod_V[_NAME].shape[-1]
+        indices, size = made.frod_s_indices[_NAME], made.frod_s_size[_NAME]
+        if size.tolist() != [side, side] or (indices.numel() and not 0 <= indices.min() <= indices.max() < side):
+            raise InvalidFile(
+                f"{self._label} has sparse indices (frod_s_indices, frod_s_size) outside of its {side}×{side} matrix"
+            )
 
     def _injected(self, bases: Mapping[str, torch.nn.Module]) -> Any:
         from peft import PeftModel

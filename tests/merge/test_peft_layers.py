@@ -367,6 +367,20 @@ def test_a_shared_tensor_that_nothing_uses_is_named(shared: str, tmp_path: Path)
         merge_all(open_layers(folder, case), dict(_model("llama").state_dict()))
 
 
+@pytest.mark.parametrize(("part", "at"), [("s_indices", 0), ("s_indices", -1), ("s_size", 0)])
+@pytest.mark.parametrize("value", [-1, 33, 4000])
+def test_sparse_indices_that_lead_outside_of_the_matrix_are_refused(
+    part: str, at: int, value: int, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path / "adapter", Case("FROD"))
+    name = f"base_model.frod_{part}.self_attn_q_proj"
+    numbers = load_file(folder / "adapter_model.safetensors")[name]
+    numbers.view(-1)[at] = value
+    changed_file(folder, **{name: numbers})
+    with pytest.raises(InvalidFile, match="outside of its 32×32 matrix"):
+        merge_all(open_layers(folder, Case("FROD")), dict(_model("llama").state_dict()))
+
+
 def test_randlora_s_copies_of_its_bases_have_to_be_copies(tmp_path: Path) -> None:
     case = Case("RANDLORA")
     folder = make_adapter(tmp_path / "adapter", case)
