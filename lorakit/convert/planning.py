@@ -14,8 +14,8 @@ from lorakit.convert.placing import Placing
 from lorakit.convert.source import Source, SourceTensor
 from lorakit.files.safetensors import DTYPE_BITS, Header, planned_header
 from lorakit.files.tensors import FLOATS, TORCH_NAMES
-from lorakit.merge.base import SINGLE
 from lorakit.merge.companions import with_dtype
+from lorakit.merge.layout import in_files
 from lorakit.merge.plan import DTYPES
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def plan_convert(
         quantiser = Quantiser.of(quantise, changed, [one.written[0] for one in planned])
         planned = [_quantised(one, quantiser) for one in planned]
         changed["quantization_config"] = quantiser.config_section()
-    shards = _shards(planned, max_shard_size)
+    shards = tuple(_shard(name, tensors) for name, tensors in in_files(planned, max_shard_size).items())
     notes = (*source.notes, *placing.notes, *notes)
     return ConvertPlan(shards, changed, placing.renamed, placing.left_out, quantiser, notes)
 
@@ -142,21 +142,6 @@ def _with_dtype_of(planned: Sequence[PlannedTensor], config: dict[str, Any]) -> 
 def _quantised(tensor: PlannedTensor, quantiser: Quantiser) -> PlannedTensor:
     written = quantiser.planned(tensor.name, tensor.dtype, tensor.source.shape)
     return tensor if written is None else replace(tensor, written=tuple(written))
-
-
-def _shards(planned: Sequence[PlannedTensor], most: int) -> tuple[Shard, ...]:
-    """In their order, each file as large as it may be; a tensor that is larger stands alone."""
-    groups: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for one in planned:
-        if groups[-1] and size + one.nbytes > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(one)
-        size += one.nbytes
-    count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    return tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
 
 
 def _shard(name: str, tensors: Sequence[PlannedTensor]) -> Shard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lorakit.errors import UsageError
 from lorakit.files.safetensors import Header, StoredTensor, planned_header
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from lorakit.merge.quantised import QuantisedWeight, Quantiser
 
 Planned = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+_T = TypeVar("_T", bound=_Sized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +74,9 @@ def planned_shards(
         return tuple(
             _shard(file.name, weights, kept[file].metadata, kept[file]) for file, weights in by_shard.items() if weights
         ), quantiser
-    groups = _groups([weight for weights in by_shard.values() for weight in weights], max_shard_size)
     metadata = model.base.shards[0].metadata
-    names = [SINGLE] if len(groups) == 1 else [
-        f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)
-    ]  # fmt: skip
-    shards = tuple(_shard(name, weights, metadata, None) for name, weights in zip(names, groups, strict=True))
+    cut = in_files([weight for weights in by_shard.values() for weight in weights], max_shard_size)
+    shards = tuple(_shard(name, weights, metadata, None) for name, weights in cut.items())
     return shards, quantiser
 
 
@@ -109,17 +114,19 @@ def _quantised(weight: _Weight, quantiser: Quantiser) -> _Weight:
     return weight if written is None else replace(weight, written=tuple(written), quantiser=quantiser)
 
 
-def _groups(weights: Sequence[_Weight], most: int) -> list[list[_Weight]]:
-    """In their order, each group as large as it may be; a tensor that is larger stands alone."""
-    groups: list[list[_Weight]] = [[]]
+def in_files(tensors: Sequence[_T], most: int) -> dict[str, list[_T]]:
+    """By the file's name, in their order, each file as large as it may be; a tensor that is larger stands alone."""
+    groups: list[list[_T]] = [[]]
     size = 0
-    for weight in weights:
-        if groups[-1] and size + weight.nbytes > most:
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > most:
             groups.append([])
             size = 0
-        groups[-1].append(weight)
-        size += weight.nbytes
-    return groups
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return dict(zip(names, groups, strict=True))
 
 
 def _shard(name: str, weights: Sequence[_Weight], metadata: dict[str, str], source: Header | None) -> PlannedShard:

@@ -92,7 +92,7 @@ class Gateway:
 
     async def _start(self, app: Any) -> None:
         """vLLM is up, and about to listen: find out what it is, then listen where the supervisor listens."""
-        from lorakit.server.engines.vllm import InsideEngine
+        from lorakit.server.engines.inside import InsideEngine
 
         settings = self._settings or from_environment()
         engine = InsideEngine(self._inner, app, settings.max_loras)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +15,7 @@ import lorakit
 import lorakit.errors
 from lorakit.mix.candidates import Candidate
 from tests.folders import factors, linear_modules, write_adapter
+from tests.loopback import running
 
 if TYPE_CHECKING:
     from tests.world import World
@@ -63,13 +63,10 @@ def vllm() -> Iterator[Vllm]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        found.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    found.url = f"http://127.0.0.1:{server.server_port}"
+    with running(server):
         yield found
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from lorakit.errors import Conflict, LorakitError, NotFound, Refused, UsageError
 from lorakit.server.client import Client
 from tests.cli.commands import lorakit
+from tests.loopback import running
 
 
 class Answering:
@@ -46,12 +46,8 @@ class Answering:
 @pytest.fixture
 def answering() -> Iterator[Answering]:
     found = Answering()
-    thread = Thread(target=found.server.serve_forever, args=(0.01,))
-    thread.start()
-    yield found
-    found.server.shutdown()
-    thread.join()
-    found.server.server_close()
+    with running(found.server):
+        yield found
 
 
 @pytest.mark.parametrize(

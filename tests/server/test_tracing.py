@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lorakit.server.sight.tracing import configured_tracing
+from tests.loopback import running
 from tests.server.fake_engine import put_checkpoint, serving
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -58,12 +58,8 @@ class Collector:
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     found = Collector()
-    thread = Thread(target=found.server.serve_forever, args=(0.01,))
-    thread.start()
-    yield found
-    found.server.shutdown()
-    thread.join()
-    found.server.server_close()
+    with running(found.server):
+        yield found
 
 
 def attributes(span: Any) -> dict[str, Any]:
