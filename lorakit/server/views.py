@@ -22,7 +22,7 @@ def model_cards(known: Served) -> list[dict[str, Any]]:
         names += [(f"{name}@{alias}" if alias else name, target) for alias, target in aliases.items()]
     for name in sorted(known.runs):
         run = known.runs[name]
-        names += [(run.revisions[id].name, run.revisions[id]) for id in known.usable(run)]
+        names += [(run.revisions[id].name, run.revisions[id]) for id in run.without(known.unusable)]
     names += [*known.mixes.targets().items(), *((revision.name, revision) for revision in known.mixes.revisions())]
     for id, revision in dict(names).items():
         cards.append(
@@ -66,9 +66,9 @@ def adapter_view(known: Served, name: str) -> dict[str, Any]:
 
 def aliases_of(known: Served, run: Run) -> dict[str, Revision]:
     """What each alias means now, the default one under the empty name; those that mean nothing are left out."""
-    usable = known.usable(run)
+    unusable = known.unusable
     named = ["", "latest", "best", "final", *sorted(alias for alias in run.aliases if alias)]
-    found = {alias: run.select(alias or None, usable) for alias in named}
+    found = {alias: run.select(alias or None, unusable) for alias in named}
     return {alias: revision for alias, revision in found.items() if revision is not None}
 
 

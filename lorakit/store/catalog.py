@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -84,27 +84,30 @@ def attempt_of(kind: Label, step: int | None, last: int | None, largest: int | N
 
 def latest(finishes: Sequence[Finish], revisions: Mapping[int, Revision]) -> Revision | None:
     """The largest step of the last attempt; the run's own root, or an adapter that is no checkpoint, is newer."""
-    known = [finish for finish in finishes if finish.revision in revisions]
-    if not known:
-        return None
-    attempt = known[-1].attempt
-    ranked = [
-        (revision.kind != "step", (revision.facts.step or 0) if revision.kind == "step" else order, order, revision)
-        for order, finish in enumerate(known)
-        if finish.attempt == attempt
-        for revision in (revisions[finish.revision],)
-    ]
-    return max(ranked, key=lambda entry: entry[:3])[3]
+    attempt, found, newest_so_far = None, None, (False, -1)
+    for order in range(len(finishes) - 1, -1, -1):  # asked for at every request to `@latest`
+        revision = revisions.get(finishes[order].revision)
+        if revision is None:
+            continue
+        if attempt is not None and finishes[order].attempt != attempt:
+            break
+        attempt = finishes[order].attempt
+        is_step = revision.kind == "step"
+        rank = (not is_step, (revision.facts.step or 0) if is_step else order)
+        if rank > newest_so_far:  # of equals the last
+            found, newest_so_far = revision, rank
+    return found
 
 
 def best(finishes: Sequence[Finish], revisions: Mapping[int, Revision]) -> Revision | None:
     """The lowest eval_loss measured at the checkpoint's own step; of equals the one that came first."""
-    seen: dict[int, Revision] = {}
+    found, lowest = None, (True, math.inf)
     for finish in finishes:
-        if finish.revision in revisions:
-            seen.setdefault(finish.revision, revisions[finish.revision])
-    measured = [revision for revision in seen.values() if own_eval_loss(revision.facts) is not None]
-    return min(measured, key=lambda revision: _nan_last(own_eval_loss(revision.facts)), default=None)
+        revision = revisions.get(finish.revision)
+        loss = own_eval_loss(revision.facts) if revision is not None else None
+        if loss is not None and (found is None or _nan_last(loss) < lowest):
+            found, lowest = revision, _nan_last(loss)
+    return found
 
 
 def own_eval_loss(facts: Facts) -> float | None:
@@ -112,8 +115,8 @@ def own_eval_loss(facts: Facts) -> float | None:
     return facts.eval_loss if facts.step is not None and facts.eval_step == facts.step else None
 
 
-def _nan_last(loss: float | None) -> tuple[bool, float]:
-    return (True, 0.0) if loss is None or math.isnan(loss) else (False, loss)
+def _nan_last(loss: float) -> tuple[bool, float]:
+    return (True, 0.0) if math.isnan(loss) else (False, loss)
 
 
 def newest(candidates: Iterable[Revision], finishes: Sequence[Finish]) -> Revision | None:
@@ -132,13 +135,18 @@ class Run:
     aliases: dict[str, int] = field(default_factory=dict)
     pinned: bool = False
 
-    def select(self, text: str | None, usable: Iterable[int] | None = None) -> Revision | None:
-        """What `name@text` means, among the usable revisions; None when nothing.
+    def without(self, ids: Collection[int]) -> Mapping[int, Revision]:
+        """The revisions but for these, which are few where the revisions are many."""
+        if not any(id in self.revisions for id in ids):
+            return self.revisions
+        return {id: revision for id, revision in self.revisions.items() if id not in ids}
+
+    def select(self, text: str | None, unusable: Collection[int] = ()) -> Revision | None:
+        """What `name@text` means, but for the unusable revisions; None when nothing.
 
         The default alias is kept in `aliases` under the empty name.
         """
-        ids = set(self.revisions if usable is None else usable)
-        revisions = {id: revision for id, revision in self.revisions.items() if id in ids}
+        revisions = self.without(unusable)
         if text is None:
             return revisions.get(self.aliases.get("", -1))
         if text == "latest":

@@ -172,12 +172,12 @@ def test_a_loss_of_a_revision_without_a_step_is_of_no_step() -> None:
 def test_only_what_is_usable_counts() -> None:
     run = run_of(revision(1, 100, loss=0.1), revision(2, 200, loss=0.2), revision(3, 50, loss=0.0))
     run.aliases = {"": 3, "prod": 2}
-    assert run.select("latest", [1, 2]) == run.revisions[2], "the attempt before, when nothing of the last is usable"
-    assert run.select("best", [1, 2]) == run.revisions[1]
-    assert run.select(None, [1, 2]) is None
-    assert run.select("prod", [1]) is None
-    assert run.select("step-50", [1, 2]) is None
-    assert run.select("latest", []) is None
+    assert run.select("latest", [3]) == run.revisions[2], "the attempt before, when nothing of the last is usable"
+    assert run.select("best", [3]) == run.revisions[1]
+    assert run.select(None, [3]) is None
+    assert run.select("prod", [2, 3]) is None
+    assert run.select("step-50", [3]) is None
+    assert run.select("latest", [1, 2, 3]) is None
 
 
 def test_an_alias_is_what_it_was_set_to_and_nothing_is_no_alias() -> None:

@@ -408,7 +408,7 @@ class Reconciler(Served):
             check_alias(alias)
         selector = selector.removeprefix(f"{name}@")  # to `sql`, `sql@step-500` and `step-500` are the same
         run = self.run_named(name)
-        revision = run.select(selector, self.possible(run))
+        revision = run.select(selector, self._failed.keys())
         if revision is None:
             raise NotFound(f"'{name}' has no revision '{selector}'")
         await self._prove(revision)

@@ -68,7 +68,7 @@ class Served:
         revision = None
         if run is not None:
             # a name by itself is asked for at every request, and a run may have thousands of revisions
-            revision = self._default(run) if selector is None else run.select(selector, self.usable(run))
+            revision = self._default(run) if selector is None else run.select(selector, self.unusable)
         revision = revision or self.mixes.find(model)
         if revision is None:
             raise NotFound(f"The model `{model}` does not exist{self._why_not(name, run)}")
@@ -78,9 +78,10 @@ class Served:
         target = run.aliases.get("", -1)
         return None if target in self._unproven or target in self._failed else run.revisions.get(target)
 
-    def usable(self, run: Run) -> list[int]:
-        """The revisions that a request may name: in the engine, or brought in when it asks."""
-        return [id for id in run.revisions if id not in self._unproven and id not in self._failed]
+    @property
+    def unusable(self) -> set[int]:
+        """The revisions that no request may name: not yet tried out, or refused by the engine."""
+        return self._unproven | self._failed.keys()
 
     def _why_not(self, name: str, run: Run | None) -> str:
         if run is not None and run.revisions:
@@ -107,8 +108,8 @@ class Served:
         """Where the default alias should point; None when it stays as it is."""
         return followed(run, self.possible(run), self.settings.following, self.passed_over)
 
-    def possible(self, run: Run) -> dict[int, Revision]:
-        return {id: revision for id, revision in run.revisions.items() if id not in self._failed}
+    def possible(self, run: Run) -> Mapping[int, Revision]:
+        return run.without(self._failed.keys())
 
     def targets(self, run: Run) -> list[Revision]:
         """What names without a step or a digest mean, the default first."""
