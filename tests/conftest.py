@@ -38,6 +38,7 @@ def plain_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, module)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, which it does for pytest before 9.2
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For the suite's two processes: a file is in one of them, and so are all tests that share one real vLLM."""
     for item in items:

@@ -117,7 +117,7 @@ def plan_convert(
         quantiser = Quantiser.of(quantise, changed, [one.written[0] for one in planned])
         planned = [_quantised(one, quantiser) for one in planned]
         changed["quantization_config"] = quantiser.config_section()
-    shards = tuple(_shard(name, tensors) for name, tensors in in_files(planned, max_shard_size).items())
+    shards = in_shards(planned, max_shard_size)
     notes = (*source.notes, *placing.notes, *notes)
     return ConvertPlan(shards, changed, placing.renamed, placing.left_out, quantiser, notes)
 
@@ -142,6 +142,11 @@ def _with_dtype_of(planned: Sequence[PlannedTensor], config: dict[str, Any]) -> 
 def _quantised(tensor: PlannedTensor, quantiser: Quantiser) -> PlannedTensor:
     written = quantiser.planned(tensor.name, tensor.dtype, tensor.source.shape)
     return tensor if written is None else replace(tensor, written=tuple(written))
+
+
+def in_shards(planned: Sequence[PlannedTensor], most: int) -> tuple[Shard, ...]:
+    """Files of at most `most` bytes, in the order of the tensors; one that is larger stands alone."""
+    return tuple(_shard(name, tensors) for name, tensors in in_files(planned, most).items())
 
 
 def _shard(name: str, tensors: Sequence[PlannedTensor]) -> Shard:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.convert import writer
 from lorakit.convert.placing import PartOf
-from lorakit.convert.planning import ConvertPlan, PlannedTensor, _shards
+from lorakit.convert.planning import ConvertPlan, PlannedTensor, in_shards
 from lorakit.convert.source import ByteRun, PlainTensor
 from lorakit.convert.writer import write_shards
 from lorakit.errors import InvalidFile, NotFound, Refused
@@ -33,7 +33,7 @@ def plan_of(
         for name, one in stored.items()
         for kept in (dtype or one.dtype,)
     ]
-    return ConvertPlan(_shards(planned, most), {}, {}, {})
+    return ConvertPlan(in_shards(planned, most), {}, {}, {})
 
 
 def written(plan: ConvertPlan, folder: Path) -> dict[str, torch.Tensor]:
@@ -108,7 +108,7 @@ def test_a_part_of_a_tensor_is_a_part_of_its_bytes(tmp_path: Path) -> None:
     part = PartOf(whole, 6, (2, 3))
     (run,) = part.byte_runs() or ()
     assert run == ByteRun(whole.stored.file, whole.stored.start + 24, 24)
-    plan = ConvertPlan(_shards([PlannedTensor("part", "F32", part, (("part", "F32", (2, 3)),))], 100), {}, {}, {})
+    plan = ConvertPlan(in_shards([PlannedTensor("part", "F32", part, (("part", "F32", (2, 3)),))], 100), {}, {}, {})
     assert written(plan, tmp_path / "out")["part"].tolist() == [[6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]
 
 
@@ -141,7 +141,7 @@ def test_a_matrix_that_is_quantised_in_blocks_of_rows_is_that_which_is_quantised
     (planned,) = plan.shards[0].tensors
     quantiser = Quantiser.of(kind, {}, planned.written)
     planned = replace(planned, written=tuple(quantiser.planned(name, "BF16", (37, 128)) or ()))
-    found = written(ConvertPlan(_shards([planned], 1 << 40), {}, {}, {}, quantiser), tmp_path / "out")
+    found = written(ConvertPlan(in_shards([planned], 1 << 40), {}, {}, {}, quantiser), tmp_path / "out")
     whole = quantiser.quantise(name, "BF16", tensors[name])
     assert found.keys() == whole.keys()
     for part, tensor in whole.items():
