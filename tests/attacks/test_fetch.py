@@ -138,7 +138,7 @@ def test_no_pickle_runs(capsys: Capture, web: Web, place: Path) -> None:
     assert not (place.parent / "ran").exists()
 
 
-@pytest.mark.parametrize("data", [bytes(100), gzip.compress(bytes(100 << 20), 9)])
+@pytest.mark.parametrize("data", [bytes(100), gzip.compress(bytes(100 << 20), 9)], ids=["no gzip", "a bomb"])
 def test_a_bomb_in_what_the_bytes_travel_in(capsys: Capture, web: Web, place: Path, data: bytes) -> None:
     web.put("model.ckpt", data, headers={"Content-Encoding": "gzip"})
     ensure_refused(fetched(capsys, web, place, "model.ckpt"), place)
