@@ -7,7 +7,7 @@ TRAINERS := $(VENV)/.trainers-installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps
 # Two processes share the suite, a group of tests to each at a time: tests/conftest.py says which.
-TWO := -n 2 --dist loadgroup
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 

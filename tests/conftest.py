@@ -28,6 +28,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The suite's groups of tests that take more than half a minute, the longest first.
+LONGEST = (
+    "world", "tests/examples/test_examples.py", "tests/checkpoints/test_real_trainers.py",
+    "tests/checkpoints/test_tensors.py", "tests/mix/test_real_vllm.py", "tests/convert/test_vllm_rows.py",
+    "tests/training/test_capture.py", "tests/server/test_supervisor.py",
+)  # fmt: skip
+
 pytest_plugins = ["tests.world", "tests.trainers.written"]
 
 
@@ -40,10 +47,17 @@ def plain_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, which it does for pytest before 9.2
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For the suite's two processes: a file is in one of them, and so are all tests that share one real vLLM."""
-    for item in items:
-        uses_world = isinstance(item, pytest.Function) and "world" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("world" if uses_world else item.nodeid.partition("::")[0]))
+    """For the suite's two processes: a file is in one of them, and so are all tests that share one real vLLM. The
+    longest groups are begun first, so that neither process is left with one at the end."""
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+
+
+def _group(item: pytest.Item) -> str:
+    uses_world = isinstance(item, pytest.Function) and "world" in item.fixturenames
+    return "world" if uses_world else item.nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(wrapper=True)

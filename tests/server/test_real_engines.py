@@ -24,6 +24,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load_file, save_file
 
+from lorakit.server.engines.remote import Http, RemoteEngine
 from tests.server.real import PROMPTS, Server, answer_of, ask, free_port, wait_for, write_checkpoint
 from tests.world import PLACES, SLOTS, World
 
@@ -80,7 +81,6 @@ def in_front(base: Path, url: str, folder: Path) -> Iterator[Server]:
 @contextmanager
 def hiding_removal(url: str) -> Iterator[str]:
     """What stands before a vLLM, and keeps from others that it can remove adapters."""
-    from lorakit.server.engines.remote import Http
     from tests.server.fake_vllm import listening
 
     address: list[str] = []
@@ -125,6 +125,15 @@ def gateway(request: pytest.FixtureRequest, world: World, tmp_path_factory: pyte
     else:
         with hiding_removal(world.plain) as url, in_front(world.base, url, folder) as server:
             yield Engine(server, folder / "runs", f"{world.plain}/metrics", "", False)
+        asyncio.run(take_out_what_was_left(world, folder / "home"))
+
+
+async def take_out_what_was_left(world: World, home: Path) -> None:
+    """As the next gateway on this store does that may; other tests use the same vLLM."""
+    http = Http(world.plain)
+    engine = await RemoteEngine.connect(http, home, base_path=str(world.base), slots=SLOTS, max_rank=8)
+    await engine.close()
+    await http.close()
 
 
 @pytest.fixture

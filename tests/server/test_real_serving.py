@@ -450,7 +450,7 @@ def test_a_clients_request_id_reaches_vllm_and_comes_back(world: World, client: 
     answer = client.post("/v1/completions", json=asked, headers={"x-request-id": "mine-1"})
     assert answer.headers.get_list("x-request-id") == ["mine-1"]
     assert "mine-1" in answer.json()["id"]
-    assert "[mine-1]" in world.server.log.read_text()
+    world.server.wait_until(lambda: "[mine-1]" in world.server.log.read_text())
 
 
 def test_a_running_server_is_told_from_the_command_line(

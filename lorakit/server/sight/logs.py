@@ -9,11 +9,12 @@ import atexit
 import contextlib
 import json
 import logging
-import queue
 import re
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping
-from logging.handlers import QueueHandler, QueueListener
 from typing import Any, Literal, get_args
 
 from lorakit.server.requests.answered import Answered
@@ -25,6 +26,7 @@ LOG_FORMATS: tuple[LogFormat, ...] = get_args(LogFormat)
 log = logging.getLogger("lorakit")
 _LEVEL = re.compile(r"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 MOST_WAITING = 10_000  # lines
+MOMENT = 0.02  # seconds in which lines gather
 LONGEST_NAME = 200  # letters of what a client calls a model
 
 
@@ -59,34 +61,55 @@ def json_line(
     return json.dumps(said, default=str)
 
 
-class _Aside(QueueHandler):
+class _Aside(logging.Handler):
     """Lines are made where they are said, which knows the request, and written elsewhere: whoever reads stderr may be
     slow, and the event loop is not to wait for that. What is more than can wait is lost.
+
+    To wake a thread for each line would cost a busy event loop more than the line: it writes what came in a moment.
     """
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(queue.Full):
-            self.queue.put_nowait(record)
+    def __init__(self) -> None:
+        super().__init__()
+        self._stream = sys.stderr
+        self._lines: deque[str] = deque()
+        self._any = threading.Event()
+        self._writing = False
+        threading.Thread(target=self._write, name="lorakit-log", daemon=True).start()
+        atexit.register(self._wait_until_written)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self._lines) < MOST_WAITING:
+            self._lines.append(self.format(record) + "\n")
+            if not self._any.is_set():
+                self._any.set()
+
+    def _write(self) -> None:
+        while True:
+            self._any.wait()
+            self._writing = True
+            time.sleep(MOMENT)
+            self._any.clear()
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
+                self._stream.write("".join(lines))
+                self._stream.flush()
+            self._writing = False
+
+    def _wait_until_written(self) -> None:
+        """For a second at most: nobody may be reading any more."""
+        ends = time.monotonic() + 1
+        while (self._lines or self._writing) and time.monotonic() < ends:
+            time.sleep(0.01)
 
 
 def log_to_stderr(form: LogFormat = "text") -> None:
     """Show lorakit's own lines beside the engine's, unless the program that this runs in has set up logging for it."""
     if not log.handlers:
-        lines: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
-        handler = _Aside(lines)
+        handler = _Aside()
         handler.setFormatter(JsonLines() if form == "json" else TextLines())
-        QueueListener(lines, logging.StreamHandler()).start()
-        atexit.register(_wait_until_written, lines)
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
-
-
-def _wait_until_written(lines: queue.Queue[logging.LogRecord]) -> None:
-    """For a second at most: nobody may be reading any more."""
-    ends = time.monotonic() + 1
-    while lines.unfinished_tasks and time.monotonic() < ends:
-        time.sleep(0.01)
 
 
 def own_line(message: str, form: LogFormat) -> str:

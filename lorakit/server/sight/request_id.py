@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import re
 from contextvars import ContextVar
 
@@ -22,7 +22,7 @@ def identified(scope: Scope, send: Send) -> tuple[Scope, Send]:
     """
     given = next((value for name, value in scope["headers"] if name == HEADER), b"")
     fits = _FIT.fullmatch(given) is not None
-    value = given if fits else os.urandom(16).hex().encode()
+    value = given if fits else b"%032x" % random.getrandbits(128)
     current_request.set(value.decode())
     headers = [(name, other) for name, other in scope["headers"] if name != HEADER]
 
