@@ -16,6 +16,7 @@ from lorakit.checkpoints.writers import folder_written_by
 from lorakit.convert.adapters.convert import without_cure
 from lorakit.convert.adapters.pickled import PICKLED
 from lorakit.convert.check import Check, check_adapter, check_numbers
+from lorakit.convert.own_tokens import same_tokens
 from lorakit.convert.whole_model import check_model
 from lorakit.errors import LorakitError
 from lorakit.files.finite import look_at_numbers
@@ -144,6 +145,7 @@ def _adapter(look: Look, base: str | None, max_rank: int | None, *, ask_hub: boo
         Check("pickle-free", True, WEIGHTS),
         check_numbers(numbers),
         of_base,
+        *([same_tokens(path, model.folder)] if model is not None else []),
     ]
     said = {check.name for check in verdict.checks}
     checks = [check for check in checks if check.name not in said]

@@ -58,6 +58,16 @@ def test_what_a_server_serves_is_ready(capsys: Capture, store: Store, base: Path
     assert (found["rank"], found["modules_applied"]) == (taken.rank, found["modules"])
 
 
+def test_tokens_of_its_own_are_refused_by_both(capsys: Capture, store: Store, base: Path, tmp_path: Path) -> None:
+    folder = SERVED[next(iter(SERVED))](tmp_path / "checkpoint-5")
+    for place, vocabulary in ((base, {"a": 0}), (folder, {"a": 0, "<think>": 1})):
+        (place / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    with pytest.raises(Refused, match="adds 1 tokens \\('<think>'\\)"):
+        take_in(store, read_base(base), look_at(folder), run="a", kind="step", step=5, max_rank=16)
+    found = checked(capsys, folder, "--base", base, code=4)
+    assert [check["name"] for check in found["checks"] if check["ok"] is False] == ["tokenizer"]
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_server_refuses_is_not_ready_for_the_same_reasons(
     capsys: Capture, store: Store, base: Path, tmp_path: Path, what: str

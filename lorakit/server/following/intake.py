@@ -14,6 +14,7 @@ from lorakit.checkpoints.finished import Look, look_at
 from lorakit.checkpoints.trainer_state import read_facts
 from lorakit.convert.adapters.pickled import PICKLED
 from lorakit.convert.check import Verdict, check_adapter, check_numbers
+from lorakit.convert.own_tokens import same_tokens
 from lorakit.errors import Incomplete, InvalidFile, Refused
 from lorakit.files.finite import look_at_numbers
 from lorakit.files.folders import copy_file, read_json, write_json
@@ -21,7 +22,6 @@ from lorakit.files.provenance import FILE, write_provenance
 from lorakit.files.safetensors import read_header
 from lorakit.merge.base import BaseModel
 from lorakit.server.requests.templates import own_templates
-from lorakit.server.requests.tokenizers import foreign_tokens
 from lorakit.store.catalog import Finish, Label, Revision
 from lorakit.store.store import Source, Store
 
@@ -60,13 +60,14 @@ class Taken:
 
 def take_in(
     store: Store, base: BaseModel, look: Look, *, run: str, kind: Label, step: int | None, max_rank: int,
-    finished: bool = True, late: bool = False,
+    finished: bool = True, late: bool = False, shown: str = "",
 ) -> Taken:  # fmt: skip
     """Copy a finished adapter into the store, unless it can't be served right.
 
     Args:
         finished: it finished now; False when only its metadata was written again.
         late: it was there before the server looked first, so it begins no new attempt.
+        shown: where it came from, if not from the folder that was looked at.
 
     Raises:
         Incomplete: it was written again while it was copied.
@@ -84,8 +85,8 @@ def take_in(
             raise Incomplete(f"'{look.path}' went away or was written again while it was copied") from None
         if look_at(look.path).signature != look.signature:
             raise Incomplete(f"'{look.path}' was written again while it was copied")
-        if foreign := foreign_tokens(look.path, base.folder):
-            raise Refused(foreign, cause="tokenizer")
+        if problem := same_tokens(look.path, base.folder).problem:
+            raise Refused(problem, cause="tokenizer")
         for name, text in own_templates(look.path, base.folder).items():
             (staged / name).write_text(text, encoding="utf-8")
         copied = time.monotonic()
@@ -99,10 +100,11 @@ def take_in(
         if verdict.repairs:
             _repair(verdict, staged)
         checked = time.monotonic()
-        write_provenance(staged, "store", parents=[{"path": str(look.path)}], settings={}, repaired=verdict.repairs)
+        origin = shown or str(look.path)
+        write_provenance(staged, "store", parents=[{"path": origin}], settings={}, repaired=verdict.repairs)
         digest, _, size = store.keep(staged)
     revision, finish = store.add(
-        run, kind, digest, facts, rank=max(1, verdict.rank), size=size, path=str(look.path),
+        run, kind, digest, facts, rank=max(1, verdict.rank), size=size, path=origin,
         source=Source(look.signature, look.weights_signature), repaired="; ".join(verdict.repairs) or None,
         finished=finished, late=late,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.server.requests.tokenizers import foreign_tokens
+from lorakit.convert.own_tokens import foreign_tokens, same_tokens
 
 VOCABULARY = {"a": 0, "b": 1, "c": 2}
 
@@ -41,7 +41,7 @@ def test_a_tokenizer_that_reads_as_the_bases_is_served(tmp_path: Path, base: Pat
 
 def test_added_tokens_are_named_with_the_cure(tmp_path: Path, base: Path) -> None:
     added = [("<s>", 3), *((f"<|t{number}|>", number + 4) for number in range(7)), ("[PAD]", 11)]
-    said = foreign_tokens(tokenizer(tmp_path / "own", added=added, pad="[PAD]"), base)
+    said = same_tokens(tokenizer(tmp_path / "own", added=added, pad="[PAD]"), base).problem
     assert said is not None
     assert said.startswith("its tokenizer adds 7 tokens ('<|t0|>', '<|t1|>', '<|t2|>', '<|t3|>', '<|t4|>', …)")
     assert "lorakit merge" in said

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lorakit.convert.answers import Check
 from lorakit.errors import InvalidFile
 from lorakit.files.digests import file_digest
 from lorakit.files.folders import read_json
@@ -24,6 +25,12 @@ class _File:
 
     digest: str
     path: Path = field(compare=False)
+
+
+def same_tokens(adapter: Path, base: Path) -> Check:
+    """Whether prompts are read as the adapter was trained: two folders."""
+    reason = foreign_tokens(adapter, base)
+    return Check("tokenizer", reason is None, reason or "it has no tokens of its own", _CURE if reason else None)
 
 
 def foreign_tokens(adapter: Path, base: Path) -> str | None:
@@ -61,15 +68,15 @@ def _difference(own: _File, base: _File, padding: str) -> str | None:
     added = sorted(ids.keys() - known.keys() - {padding}, key=lambda token: ids[token])
     if added:
         shown = ", ".join(f"'{token}'" for token in added[:_SHOWN]) + (", …" if len(added) > _SHOWN else "")
-        return f"its tokenizer adds {len(added)} tokens ({shown}), {_CURE}"
+        return f"its tokenizer adds {len(added)} tokens ({shown}), {_READ}"
     if moved := [token for token, id in ids.items() if known.get(token, id) != id]:
-        return f"its tokenizer is another than the base's ('{moved[0]}' is {ids[moved[0]]} in one), {_CURE}"
+        return f"its tokenizer is another than the base's ('{moved[0]}' is {ids[moved[0]]} in one), {_READ}"
     return None
 
 
+_READ = "and vLLM reads every prompt with the base's"
 _CURE = (
-    "and vLLM reads every prompt with the base's: train with that, or merge the adapter (lorakit merge), which brings "
-    "its tokenizer along, and serve what comes out"
+    "train with that, or merge the adapter (lorakit merge), which brings its tokenizer along, and serve what comes out"
 )
 
 
