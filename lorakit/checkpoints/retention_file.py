@@ -9,17 +9,15 @@ max_bytes: 20GB
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lorakit.checkpoints.amounts import bytes_of, seconds
 from lorakit.checkpoints.retention import KeepBest, KeepEvery, KeepFor, KeepLast, Mode, Policy, Retention
-from lorakit.errors import NotFound, UsageError
+from lorakit.errors import UsageError
+from lorakit.files.plain_yaml import read_strictly
 
 KEYS = ("keep_last", "keep_best", "keep_every", "keep_for", "max_bytes")
 OF_BEST = ("count", "metric", "mode")
@@ -32,23 +30,7 @@ def read_retention(file: Path) -> Retention:
         NotFound: there is no such file.
         UsageError: it can't be parsed, a key is unknown or stands twice, or a value makes no sense.
     """
-    try:
-        said = yaml.load(file.read_text(encoding="utf-8"), _Strict)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise NotFound(f"there is no file '{file}'") from None
-    except OSError as error:
-        raise UsageError(f"'{file}' can't be read: {error.strerror}") from None
-    # A tag on what can't be one, as `!!timestamp now`, is any error to the loader.
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-    ) as error:
-        raise UsageError(f"'{file}' can't be read as YAML: {' '.join(str(error).split())}") from None
+    said = read_strictly(file)
     try:
         return retention_of(said)
     except UsageError as error:
@@ -115,27 +97,3 @@ def _refuse_unknown(said: Mapping[Any, Any], known: tuple[str, ...]) -> None:
             near = get_close_matches(str(key), known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
             raise UsageError(f"unknown key '{key}'; {hint}")
-
-
-class _Strict(yaml.SafeLoader):  # type: ignore[misc]
-    """Plain data alone, and no key twice: of two policies the first would be dropped in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, "names with values were expected", node.start_mark)
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands twice", node.start_mark)
-        found: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
-        return found
-
-    def construct_yaml_int(self, node: Any) -> int:
-        """YAML 1.1 takes 010 for 8, and 1:30 for 90, which nobody means here."""
-        said = self.construct_scalar(node)
-        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", said):
-            raise yaml.constructor.ConstructorError(None, None, f"write {said} in plain digits", node.start_mark)
-        return int(said)
-
-
-_Strict.add_constructor("tag:yaml.org,2002:int", _Strict.construct_yaml_int)

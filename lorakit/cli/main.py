@@ -17,6 +17,8 @@ import click
 from lorakit import __version__
 from lorakit.errors import LorakitError
 
+COMPLETING = "_LORAKIT_COMPLETE"  # how a shell asks what may stand behind TAB
+
 # One line each, so that `lorakit --help` imports no verb.
 VERBS = {
     "merge": "Merge adapters into their base model, streamed and exact.",
@@ -45,11 +47,15 @@ VERBS = {
     "save": "Ask the run that is training to save now.",
     "capture": "Run a trainer, and keep every checkpoint that it writes.",
     "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
+    "config": "Say what serve would be told, by flags, variables and a file, and which of them said it.",
+    "key": "Make, list and revoke the API keys of a server: who may call which adapters.",
     "ps": "Say what a running server serves, where each revision is, and how often it was asked for.",
     "load": "Have a running server serve an adapter under a name.",
     "unload": "Have a running server forget a name and its revisions.",
     "rollback": "Have a name mean what it meant before.",
     "alias": "Have a name, or an alias of it, mean a revision.",
+    "doctor": "Say what this machine can and cannot do, why, and what to do about it.",
+    "completion": "Print what has a shell complete verbs, flags and names.",
 }
 
 
@@ -92,14 +98,19 @@ def cli() -> None:
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 usage, 3 not found, 4 refused, 5 conflict, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None, *, command: click.Command = cli, called: str = "lorakit") -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 usage, 3 not found, 4 refused, 5 conflict, 130 interrupted.
+    `called` is what a person typed to come here."""
+    if COMPLETING in os.environ:
+        from lorakit.cli.completing import answer
+
+        answer(cli)
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in (given[: given.index("--")] if "--" in given else given)
     signal.signal(signal.SIGTERM, _interrupted)
     _show_notes()
     try:
-        code = cli.main(args=given, prog_name="lorakit", standalone_mode=False)
+        code = command.main(args=given, prog_name=called, standalone_mode=False)
         sys.stdout.flush()
     except LorakitError as error:
         code = _report(type(error).__name__, str(error), error.code, as_json)
@@ -119,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def script() -> NoReturn:
+def script(called: str = "lorakit") -> NoReturn:
     """`main` as a program of its own, which ends at once: to take torch's modules down again, one by one, takes Python
     a quarter of a second.
     """
     try:
-        main()
+        main(called=called)
     except SystemExit as end:
         if "torch" not in sys.modules or not isinstance(end.code, int):
             raise

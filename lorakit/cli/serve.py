@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lorakit.cli.configured import BehindDashes, Configured, Described, NamedPath, Words, config_option
 from lorakit.cli.shared import print_json
 from lorakit.errors import NotFound, UsageError
 
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
     from lorakit.server.settings import Settings
 
 
-@click.command(name="serve", context_settings={"ignore_unknown_options": False})
-@click.argument("base", required=False)
-@click.option("--watch", "watched", multiple=True, metavar="DIR", help="Serve every run and adapter in this folder.")
-@click.option("--adapter", "named", multiple=True, metavar="NAME=PATH", help="Serve this adapter or run as NAME.")
+@click.command(name="serve", cls=Configured)
+@click.argument("base", cls=Described, required=False, envvar="LORAKIT_BASE", key="base",
+                meaning="The model to serve: a folder or a hub id.")  # fmt: skip
+@click.option("--watch", multiple=True, metavar="DIR", type=click.Path(),
+              help="Serve every run and adapter in this folder.")  # fmt: skip
+@click.option("--adapter", "adapters", multiple=True, type=NamedPath(), help="Serve this adapter or run as NAME.")
 @click.option("--follow", type=click.Choice(["latest", "best", "manual"]), default="latest", show_default=True,
               help="Which checkpoint a run's name means.")  # fmt: skip
 @click.option("--metric", default="eval_loss", show_default=True, metavar="NAME",
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
               help="Keep the last N of each run, and what is aliased or in use. Default: all.")  # fmt: skip
 @click.option("--retention", default="", metavar="FILE", type=click.Path(dir_okay=False),
               help="Keep what this YAML says, as prune --config, and what is aliased or in use.")  # fmt: skip
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
 @click.option("--max-loras", default=8, show_default=True, type=click.IntRange(1, 4096),
               help="How many adapters answer at once.")  # fmt: skip
 @click.option("--max-cpu-loras", default=0, metavar="N", type=click.IntRange(0),
@@ -52,7 +55,25 @@ if TYPE_CHECKING:
 @click.option("--fair-wait", default=1.0, show_default=True, metavar="SECONDS", type=click.FloatRange(0),
               help="How long others wait before a busy adapter lets them have its place.")  # fmt: skip
 @click.option("--max-lora-rank", type=click.IntRange(1), help="Default: the largest rank found, 16 at least.")
-@click.option("--root", "roots", multiple=True, metavar="DIR", help="Adapters may be loaded from here over HTTP.")
+@click.option("--root", "roots", multiple=True, metavar="DIR", type=click.Path(),
+              help="Adapters may be loaded from here over HTTP.")  # fmt: skip
+@click.option("--allow-host", "allow_hosts", multiple=True, metavar="HOST[:PORT]",
+              help="Fetch adapters from there, over https, when one asks for that. Default: from nowhere.")  # fmt: skip
+@click.option("--allow-source", "allow_sources", multiple=True, metavar="ADDRESS",
+              help="Fetch what is under hf://OWNER/ or s3://BUCKET/PATH/ when LoRAX's clients name it.")  # fmt: skip
+@click.option("--lorax-arithmetic", is_flag=True,
+              help="Merge what LoRAX's clients ask for as LoRAX does, on A and B apart.")  # fmt: skip
+@click.option("--max-source", default=16, show_default=True, metavar="GIB", type=click.IntRange(1),
+              help="The largest that is fetched so.")  # fmt: skip
+@click.option("--source-timeout", default=600.0, show_default=True, metavar="SECONDS", type=click.FloatRange(1),
+              help="How long that may take.")  # fmt: skip
+@click.option("--api-key-file", metavar="FILE", type=click.Path(dir_okay=False),
+              help="A key that may do all, as LORAKIT_API_KEY. `lorakit key create` makes others.")  # fmt: skip
+@click.option("--allow-no-key", is_flag=True,
+              help="Listen where other machines reach it, though there is no key.")  # fmt: skip
+@click.option("--tls-cert", default="", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Speak https with this certificate (PEM, with those above it).")  # fmt: skip
+@click.option("--tls-key", default="", metavar="FILE", type=click.Path(dir_okay=False), help="The key of --tls-cert.")
 @click.option("--home", type=click.Path(file_okay=False), help="The store. Default: $LORAKIT_HOME.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
               help="Lines to read, or one JSON object each, vLLM's among them.")  # fmt: skip
@@ -79,13 +100,18 @@ if TYPE_CHECKING:
               help="Mixes without a name that stay in the store.")  # fmt: skip
 @click.option("--takeover", is_flag=True,
               help="Take the place of the server that runs there, without a failed request.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the command that would start vLLM, and start nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print errors and the plan as JSON.")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGS FOR VLLM]")
+@config_option
+@click.option("--dry-run", is_flag=True, allow_from_autoenv=False,
+              help="Print the command that would start vLLM, and start nothing.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print errors and the plan as JSON.")
+@click.argument("arguments", cls=BehindDashes, nargs=-1, type=Words(), envvar="LORAKIT_VLLM",
+                metavar="[-- ARGS FOR VLLM]", key="vllm",
+                meaning="What vLLM is given besides: {max-model-len: 4096}, or a list of words.")  # fmt: skip
 def command(
-    base: str | None, watched: tuple[str, ...], named: tuple[str, ...], follow: str, host: str, port: int,
+    base: str | None, watch: tuple[str, ...], adapters: tuple[str, ...], follow: str, host: str, port: int,
     max_loras: int, max_cpu_loras: int, max_lora_rank: int | None, mode: str | None, probe: str, retention: str,
-    pins: tuple[str, ...], roots: tuple[str, ...], home: str | None, engine: str | None,
+    pins: tuple[str, ...], roots: tuple[str, ...], home: str | None, engine: str | None, tls_cert: str, tls_key: str,
+    allow_no_key: bool, api_key_file: str | None,
     takeover: bool, dry_run: bool, as_json: bool, arguments: tuple[str, ...], **more: Any,
 ) -> None:  # fmt: skip
     """Serve BASE, a folder or a hub id, and its adapters, each new checkpoint as it appears.
@@ -95,11 +121,14 @@ def command(
     lorakit serve meta-llama/Llama-3.1-8B --adapter sql=runs/sql --follow best -- --gpu-memory-utilization 0.8
     lorakit serve models/llama --watch runs --follow best --min-delta 0.01 --min-steps 200 --probe prompts.jsonl
     lorakit serve models/llama --engine http://127.0.0.1:8001 --port 8000 --watch runs
+    lorakit serve --config serve.yaml
 
     A request's `model` is the base's name, a run (`sql`), an alias (`sql@best`), a revision (`sql@step-500`) or a mix
-    (`mix(sql@best=0.7,chat=0.3)`).
+    (`mix(sql@best=0.7,chat=0.3)`). What is no flag may be a variable (LORAKIT_MAX_LORAS) or stand in a file (`lorakit
+    config example`); `lorakit config show --origin` says what holds.
     """
     from lorakit.merge.base import read_base
+    from lorakit.server.access.at_start import KEY, key_from_file, refuse_open_door
     from lorakit.server.engines import vllm
     from lorakit.server.settings import from_mapping, named_path
     from lorakit.server.supervision.running import run_engine, run_in_front
@@ -114,21 +143,21 @@ def command(
         vllm.refuse_own_flags(arguments)
     model = read_base(base) if base is not None else None
     name = base_name(base) if base is not None else ""
-    adapters = dict(named_path(text) for text in named)
-    if len(adapters) < len(named):
+    named = dict(named_path(text) for text in adapters)
+    if len(named) < len(adapters):
         raise UsageError("--adapter: a name stands twice")
-    for adapter, path in adapters.items():
+    for adapter, path in named.items():
         check_name(adapter, name)
         if not Path(path).is_dir():
             raise NotFound(f"--adapter {adapter}: there is no folder '{path}'")
-    for folder in (*watched, *roots):
+    for folder in (*watch, *roots):
         if not Path(folder).is_dir():
             raise NotFound(f"there is no folder '{folder}' to watch or to load from")
     settings = from_mapping(
         {
-            "home": str(Path(home).absolute()) if home else os.environ.get("LORAKIT_HOME", ""),
-            "watch": [str(Path(folder).absolute()) for folder in watched],
-            "adapters": adapters,
+            "home": str(Path(home).absolute()) if home else "",
+            "watch": [str(Path(folder).absolute()) for folder in watch],
+            "adapters": named,
             "roots": [str(Path(folder).absolute()) for folder in roots],
             "follow": follow,
             "max_loras": max_loras,
@@ -136,12 +165,18 @@ def command(
             "probe": str(Path(probe).absolute()) if probe else "",
             "retention": str(Path(retention).absolute()) if retention else "",
             "pins": pins,
+            "tls_cert": str(Path(tls_cert).absolute()) if tls_cert else "",
+            "tls_key": str(Path(tls_key).absolute()) if tls_key else "",
             "trust_request_chat_template": "--trust-request-chat-template" in arguments,
             **more,
         }
     )
     _refuse_unusable(settings)
-    rank = vllm.allowed_rank(max_lora_rank or _largest_rank([*watched, *adapters.values()]))
+    if api_key_file:
+        os.environ[KEY] = key_from_file(Path(api_key_file))  # for the engine's process; no list of processes shows it
+    if not allow_no_key:
+        refuse_open_door(host, settings.store_home, has_own_key=bool(os.environ.get(KEY)))
+    rank = vllm.allowed_rank(max_lora_rank or _largest_rank([*watch, *named.values()]))
     if engine is not None:
         folder = str(model.folder.resolve()) if model is not None else ""
         _end_with(run_in_front(engine, settings, base_path=folder, max_rank=rank, host=host, port=port))
@@ -155,7 +190,7 @@ def command(
             memory=max_cpu_loras, extra=arguments,
         )  # fmt: skip
         environ = {**os.environ, **settings.as_environment()}
-        return line, vllm.environment(found, environ, offline=Path(base).is_dir())
+        return line, vllm.environment(found, environ, offline=Path(base).is_dir() and not settings.asks_hub)
 
     if dry_run:
         line, _ = start("PRIVATE-SOCKET")
@@ -185,6 +220,15 @@ def _refuse_unusable(settings: Settings) -> None:
 
     _ = settings.following  # which metric is better as it is less, or more
     retention_of(settings.keep_revisions, settings.retention)
+    settings.certificate.ensure_usable()
+    if settings.allow_hosts:
+        from lorakit.server.access.fetching import parse_host
+
+        for host in settings.allow_hosts:
+            parse_host(host)
+    for address in settings.allow_sources:
+        if not address.startswith(("hf://", "s3://")):
+            raise UsageError(f"--allow-source '{address}': write hf://OWNER/, hf://OWNER/NAME or s3://BUCKET/PATH/")
     if settings.probe:
         read_smokes(Path(settings.probe))
     if 0 < settings.max_loras <= len(settings.pins):

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(function)
+    return click.option(
+        "--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print the result as JSON on stdout."
+    )(function)
 
 
 def dry_run_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ _KINDS: dict[int, type[LorakitError]] = {400: Refused, 404: NotFound, 409: Confl
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Asks the server at `url`; `key` goes nowhere but into the header.
+    """Asks the server at `url`; `key` goes nowhere but into the header; `look` is how many seconds a question may take.
 
     Raises:
         UsageError: the URL is none, or holds a password.
@@ -29,6 +29,7 @@ class Client:
 
     url: str = DEFAULT_URL
     key: str = field(default="", repr=False)
+    look: float = LOOK
 
     def __post_init__(self) -> None:
         try:
@@ -47,6 +48,11 @@ class Client:
     def served(self) -> list[dict[str, Any]]:
         """The adapters, then the mixes."""
         return [one for path in ("/v1/adapters", "/v1/mixes") for one in self._ask("GET", path)["data"]]
+
+    def models(self) -> list[dict[str, Any]]:
+        """What a request may name: the base first."""
+        cards: list[dict[str, Any]] = self._ask("GET", "/v1/models")["data"]
+        return cards
 
     def adapter(self, name: str) -> dict[str, Any]:
         return self._ask("GET", f"/v1/adapters/{_part(name)}")
@@ -98,7 +104,7 @@ class Client:
         if body is not None:
             raw = json.dumps(body)
             headers["Content-Type"] = "application/json"
-        connection = kind(str(parts.hostname), parts.port, timeout=LOOK if method == "GET" else CHANGE)
+        connection = kind(str(parts.hostname), parts.port, timeout=self.look if method == "GET" else CHANGE)
         try:
             connection.request(method, f"{parts.path.rstrip('/')}{path}", raw, headers)
             answer = connection.getresponse()

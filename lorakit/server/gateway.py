@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import os
 import sys
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.errors import EngineFailed, LorakitError
+from lorakit.server.access.at_start import KEY
+from lorakit.server.access.keyring import Keyring
+from lorakit.server.access.rights import NO_ADMIN, NONE, OPEN_TO_ALL, RIGHTS
+from lorakit.server.dialects.lorax.request import GENERATE
 from lorakit.server.engines.engine import Engine
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.requests.answers import error_response, unavailable
 from lorakit.server.requests.asking import MODEL_ROUTES, Asking
-from lorakit.server.requests.exchange import header
+from lorakit.server.requests.limits import TooMany
+from lorakit.server.requests.stored_responses import is_of_stored
 from lorakit.server.settings import Settings, from_environment
 from lorakit.server.sight.logs import log_answered, log_to_stderr
 from lorakit.server.sight.metrics import Metrics
@@ -28,15 +33,15 @@ from lorakit.server.sight.request_id import identified
 from lorakit.server.sight.tracing import Tracing, configured_tracing, traced
 from lorakit.server.supervision.listener import Supervised, supervised
 
-OPEN_TO_ALL = ("/health", "/ready", "/ping", "/version", "/docs", "/redoc", "/openapi.json")
 OWN = frozenset(
     {"/ready", "/metrics", "/v1/models", "/v1/adapters", "/v1/mixes", "/v1/events", "/v1/load_lora_adapter",
-     "/v1/unload_lora_adapter", "/openapi.json"}
+     "/v1/unload_lora_adapter", "/v1/fine_tuning/jobs", "/info", "/openapi.json"}
 )  # fmt: skip
+ASKS = MODEL_ROUTES | GENERATE  # what asks a model
 
 
 def _is_own(path: str) -> bool:
-    return path in OWN or path.startswith(("/v1/adapters/", "/v1/mixes/", "/v1/models/"))
+    return path in OWN or path.startswith(("/v1/adapters/", "/v1/mixes/", "/v1/models/", "/v1/fine_tuning/"))
 
 
 class Gateway:
@@ -48,7 +53,7 @@ class Gateway:
         self._reconciler: Reconciler | None = None
         self._routes: ASGIApp | None = None
         self._asking: Asking | None = None
-        self._key = os.environ.get("LORAKIT_API_KEY", "")
+        self._keyring: Keyring | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._supervised: Supervised | None = None
         self._held = contextlib.ExitStack()
@@ -127,8 +132,11 @@ class Gateway:
         await reconciler.recall()
         self._tracing = configured_tracing()
         reconciler.observers += [log_answered, *([self._tracing.answered] if self._tracing else [])]
-        self._reconciler, self._routes = reconciler, routes_for(reconciler, Metrics(reconciler))
-        self._asking = Asking(reconciler)
+        self._keyring = await Keyring.opened(settings.store_home, os.environ.get(KEY, ""))
+        reconciler.observers.append(self._keyring.answered)
+        self._tasks.append(asyncio.create_task(self._keyring.run()))
+        asking = self._asking = Asking(reconciler, self._keyring.spend)
+        self._reconciler, self._routes = reconciler, routes_for(reconciler, Metrics(reconciler), asking, self._keyring)
         self._tasks.append(asyncio.create_task(self._reconciler.run()))
         if settings.watch or settings.adapters:
             self._tasks.append(asyncio.create_task(self._reconciler.wake_on_events()))
@@ -142,6 +150,8 @@ class Gateway:
             await self._asking.close()
         if self._reconciler is not None:
             await self._reconciler.close()
+        if self._keyring is not None:
+            await self._keyring.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         self._held.close()
@@ -150,17 +160,20 @@ class Gateway:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-        known, routes, asking = self._reconciler, self._routes, self._asking
-        refusal = None
-        if not self._allowed(scope, path):
-            refusal = error_response(401, "AuthenticationError", "the API key is missing or wrong", None)
-        elif known is None or routes is None or asking is None or not await known.engine.alive():
+        known, routes, asking, keyring = self._reconciler, self._routes, self._asking, self._keyring
+        if known is None or routes is None or asking is None or keyring is None:
+            await unavailable("the engine does not answer")(scope, receive, send)
+            return
+        scope, refusal = _admitted(scope, path, keyring)
+        if refusal is not None:
+            pass
+        elif not await known.engine.alive():
             refusal = unavailable("the engine does not answer")
         elif known.engine.goes_around(path):
             refusal = error_response(404, "NotFoundError", f"lorakit does not serve {path}", None)
         elif known.held and scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_own(path):
             refusal = unavailable("another server is taking over; ask again")
-        elif _is_own(path):
+        elif _is_own(path) or path in GENERATE:
             await routes(scope, receive, send)
         elif path in MODEL_ROUTES and not known.engine.serves(path):
             refusal = error_response(404, "NotFoundError", f"the base that is served here has no {path}", None)
@@ -173,18 +186,38 @@ class Gateway:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's only one, for speech, takes the base's name and no adapter's."""
-        code, reason = 0, ""
-        if not self._allowed(scope, scope["path"]):
-            code, reason = 1008, "the API key is missing or wrong"
-        elif self._reconciler is None or not await self._reconciler.engine.alive():
+        code, reason, keyring = 0, "", self._keyring
+        if self._reconciler is None or keyring is None or not await self._reconciler.engine.alive():
             code, reason = 1013, "the engine does not answer"
+        elif (rights := keyring.rights_for(scope)) is None:
+            code, reason = 1008, "the API key is missing or wrong"
+        elif not rights.allowance.base:
+            code, reason = 1008, "this key may not ask the base"
+        else:
+            try:
+                keyring.admit(rights, spends=True)
+            except TooMany as error:
+                code, reason = 1013, str(error)
         if code:
             await receive()
             await send({"type": "websocket.close", "code": code, "reason": reason})
         else:
             await self._inner(scope, receive, send)
 
-    def _allowed(self, scope: Scope, path: str) -> bool:
-        if not self._key or scope.get("method") == "OPTIONS" or path in OPEN_TO_ALL:
-            return True
-        return hmac.compare_digest(header(scope, b"authorization"), f"Bearer {self._key}".encode())
+
+def _admitted(scope: Scope, path: str, keyring: Keyring) -> tuple[Scope, Response | None]:
+    """The same request with the rights of its key, or why it may not come in: which is the same whatever there is
+    behind its path."""
+    rights = keyring.rights_for(scope)
+    if scope["method"] == "OPTIONS" or path in OPEN_TO_ALL:
+        return {**scope, RIGHTS: rights or NONE}, None
+    if rights is None:
+        return scope, error_response(401, "AuthenticationError", "the API key is missing or wrong")
+    spends = scope["method"] == "POST" and path in ASKS
+    try:
+        keyring.admit(rights, spends=spends)
+    except TooMany as error:
+        return scope, error_response(429, "RateLimitError", str(error), after=error.after)
+    if not rights.may(scope["method"], path, own=_is_own(path), asks=spends or is_of_stored(path)):
+        return scope, error_response(403, "PermissionDeniedError", NO_ADMIN)
+    return {**scope, RIGHTS: rights}, None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -17,29 +16,56 @@ from starlette.exceptions import HTTPException
 
 from lorakit import __version__
 from lorakit.errors import Conflict, LorakitError, NotFound, Refused
+from lorakit.files.addresses import without_secrets
+from lorakit.server.access.fetching import Fetching, NotFetched, is_address
+from lorakit.server.access.given import Administered, Known
+from lorakit.server.access.keyring import Keyring
+from lorakit.server.access.rights import Forbidden, rights_of
+from lorakit.server.described import EVERYWHERE, errors, whole_description
+from lorakit.server.dialects.fine_tuning import fine_tuning_router
+from lorakit.server.dialects.lorax.routes import Lorax, lorax_router
 from lorakit.server.engines.engine import LoadFailed
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.following.residency import NoSlot
 from lorakit.server.mixes.making import MixNotMade, MixRefused
 from lorakit.server.mixes.routes import mix_router
 from lorakit.server.requests.answers import PlainJSON, error_response
+from lorakit.server.requests.asking import Asking
+from lorakit.server.roots import permitted
 from lorakit.server.sight.metrics import CONTENT_TYPE, Metrics
 from lorakit.server.views import adapter_view, model_cards
 
 STATUS: tuple[tuple[type[LorakitError], int, str], ...] = (
     (NotFound, 404, "NotFoundError"),
+    (Forbidden, 403, "PermissionDeniedError"),
     (MixRefused, 422, "UnprocessableEntityError"),
     (MixNotMade, 503, "ServiceUnavailableError"),
     (Refused, 400, "BadRequestError"),
     (LoadFailed, 400, "BadRequestError"),
+    (NotFetched, 502, "BadGatewayError"),
     (Conflict, 409, "ConflictError"),
     (NoSlot, 503, "ServiceUnavailableError"),
     (LorakitError, 500, "InternalServerError"),
 )
 
 
+NOT_READY = {"description": "The engine, or an adapter, is being loaded", "content": {"application/json": {}}}
+
+
+class Exposition(Response):
+    """Prometheus' text format."""
+
+    media_type = CONTENT_TYPE
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
+
+
 class NewAdapter(BaseModel):
-    """An adapter to serve: a folder under one of the server's roots."""
+    """An adapter to serve: a folder under one of the server's roots, or an https address on one of its hosts."""
 
     model_config = ConfigDict(extra="forbid")
     name: StrictStr
@@ -68,7 +94,7 @@ class UnloadRequest(BaseModel):
     lora_int_id: int | None = None
 
 
-def routes_for(reconciler: Reconciler, metrics: Metrics) -> FastAPI:
+def routes_for(reconciler: Reconciler, metrics: Metrics, asking: Asking, keyring: Keyring) -> FastAPI:
     """The app that answers lorakit's routes."""
     app = FastAPI(
         title="lorakit", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
@@ -78,37 +104,38 @@ def routes_for(reconciler: Reconciler, metrics: Metrics) -> FastAPI:
     app.add_exception_handler(LorakitError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.state.reconciler, app.state.metrics = reconciler, metrics
+    app.state.reconciler, app.state.metrics, app.state.keyring = reconciler, metrics, keyring
+    app.state.lorax = Lorax(reconciler, asking)
+    app.state.fetching = Fetching(reconciler.settings)
     app.include_router(_router())
     app.include_router(mix_router())
+    app.include_router(fine_tuning_router())
+    app.include_router(lorax_router())
     return app
-
-
-def _reconciler(request: Request) -> Reconciler:
-    found: Reconciler = request.app.state.reconciler
-    return found
-
-
-Known = Annotated[Reconciler, Depends(_reconciler)]
 
 
 def _router() -> Any:
     from fastapi import APIRouter
 
     router = APIRouter(tags=["lorakit"])
-    router.add_api_route("/ready", ready, methods=["GET"])
-    router.add_api_route("/metrics", metrics, methods=["GET"])
-    router.add_api_route("/v1/models", models, methods=["GET"])
-    router.add_api_route("/v1/models/{model:path}", model, methods=["GET"])
-    router.add_api_route("/v1/adapters", adapters, methods=["GET"])
-    router.add_api_route("/v1/adapters", add_adapter, methods=["POST"], status_code=201)
-    router.add_api_route("/v1/adapters/{name}", adapter, methods=["GET"])
-    router.add_api_route("/v1/adapters/{name}", remove_adapter, methods=["DELETE"])
-    router.add_api_route("/v1/adapters/{name}/aliases/{alias}", set_alias, methods=["PUT"])
-    router.add_api_route("/v1/adapters/{name}/rollback", rollback, methods=["POST"])
-    router.add_api_route("/v1/events", events, methods=["GET"])
-    router.add_api_route("/v1/load_lora_adapter", load_lora_adapter, methods=["POST"])
-    router.add_api_route("/v1/unload_lora_adapter", unload_lora_adapter, methods=["POST"])
+
+    def add(path: str, endpoint: Callable[..., Any], *statuses: int, method: str = "GET", **more: Any) -> None:
+        """With the statuses that its errors may have, besides those that any may have."""
+        router.add_api_route(path, endpoint, methods=[method], responses=EVERYWHERE | errors(*statuses), **more)
+
+    router.add_api_route("/ready", ready, methods=["GET"], responses={503: NOT_READY})
+    add("/metrics", metrics, response_class=Exposition)
+    add("/v1/models", models)
+    add("/v1/models/{model:path}", model, 404)
+    add("/v1/adapters", adapters)
+    add("/v1/adapters", add_adapter, 400, 404, 409, method="POST", status_code=201)
+    add("/v1/adapters/{name}", adapter, 404)
+    add("/v1/adapters/{name}", remove_adapter, 404, method="DELETE")
+    add("/v1/adapters/{name}/aliases/{alias}", set_alias, 400, 404, 409, method="PUT")
+    add("/v1/adapters/{name}/rollback", rollback, 400, 404, 409, method="POST")
+    add("/v1/events", events, response_class=EventStream)
+    add("/v1/load_lora_adapter", load_lora_adapter, 400, 404, 409, method="POST", response_class=PlainTextResponse)
+    add("/v1/unload_lora_adapter", unload_lora_adapter, 400, 404, method="POST", response_class=PlainTextResponse)
     router.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
     return router
 
@@ -123,7 +150,7 @@ async def ready(known: Known) -> JSONResponse:
 
 async def metrics(request: Request) -> Response:
     """The engine's own metrics and lorakit's, in Prometheus' text format."""
-    return Response(await request.app.state.metrics.exposition(), media_type=CONTENT_TYPE)
+    return Exposition(await request.app.state.metrics.exposition())
 
 
 async def models(known: Known) -> dict[str, Any]:
@@ -155,67 +182,81 @@ async def adapter(known: Known, name: str) -> dict[str, Any]:
     return {**adapter_view(known, name), "previous": previous.name if previous else None}
 
 
-async def add_adapter(known: Known, new: NewAdapter) -> dict[str, Any]:
+async def add_adapter(request: Request, whole: Administered, new: NewAdapter) -> dict[str, Any]:
     """Take an adapter in and point the name at it; a name that exists gets a new revision."""
-    await known.load(new.name, await asyncio.to_thread(_permitted, known, new.source))
-    return adapter_view(known, new.name)
+    rights_of(request.scope).refuse_name(new.name)
+    if is_address(new.source):
+        async with request.app.state.fetching.fetched(new.source) as folder:
+            await whole.load(new.name, folder, shown=without_secrets(new.source))
+    else:
+        await whole.load(
+            new.name, await asyncio.to_thread(permitted, whole.settings, new.source, rights_of(request.scope))
+        )
+    return adapter_view(whole, new.name)
 
 
-async def remove_adapter(known: Known, name: str) -> dict[str, Any]:
+async def remove_adapter(known: Known, whole: Administered, name: str) -> dict[str, Any]:
     """Serve a name no longer; what is in flight is finished first."""
-    await known.unload(name)
+    known.run_named(name)
+    await whole.unload(name)
     return {"id": name, "object": "adapter", "deleted": True}
 
 
-async def set_alias(known: Known, name: str, alias: str, target: NewTarget) -> dict[str, Any]:
+async def set_alias(known: Known, whole: Administered, name: str, alias: str, target: NewTarget) -> dict[str, Any]:
     """Point an alias at a revision, for the next request on."""
-    await known.set_alias(name, alias, target.revision)
+    known.run_named(name)
+    await whole.set_alias(name, alias, target.revision)
     return adapter_view(known, name)
 
 
-async def rollback(known: Known, name: str) -> dict[str, Any]:
+async def rollback(known: Known, whole: Administered, name: str) -> dict[str, Any]:
     """Point the name at what it pointed at before, and keep it there."""
-    await known.rollback(name)
+    known.run_named(name)
+    await whole.rollback(name)
     return adapter_view(known, name)
 
 
-async def events(known: Known, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
+async def events(request: Request, known: Known, last_event_id: Annotated[str | None, Header()] = None) -> EventStream:
     """What happens, as server-sent events; `Last-Event-ID` takes up where a connection broke."""
+    keyring, rights = request.app.state.keyring, rights_of(request.scope)
     number = int(last_event_id) if last_event_id and re.fullmatch("[0-9]{1,15}", last_event_id) else 0
 
     async def stream() -> AsyncIterator[str]:
         async for event in known.events.since(number):
+            if not keyring.counts(rights):  # this answer has no end of its own
+                return
             yield event.as_sse() if event else ": still here\n\n"
 
-    return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return EventStream(stream(), headers={"Cache-Control": "no-cache"})
 
 
-async def load_lora_adapter(known: Known, request: LoadRequest) -> Response:
+async def load_lora_adapter(request: Request, whole: Administered, asked: LoadRequest) -> Response:
     """As vLLM's, but a name that exists gets a new revision, and no answer is ever half of each."""
-    name, path = request.lora_name, request.lora_path
+    name, path = asked.lora_name, asked.lora_path
     if not name or not path:
         return error_response(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
-    folder = await asyncio.to_thread(_permitted, known, path)
+    rights_of(request.scope).refuse_name(name)
+    folder = await asyncio.to_thread(permitted, whole.settings, path, rights_of(request.scope))
     if not await asyncio.to_thread(folder.is_dir):
         return error_response(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for {path}")
-    await known.load(name, folder)
+    await whole.load(name, folder)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-async def unload_lora_adapter(known: Known, request: UnloadRequest) -> Response:
+async def unload_lora_adapter(known: Known, whole: Administered, request: UnloadRequest) -> Response:
     """As vLLM's, but it frees the engine."""
     name = request.lora_name
     if not name:
         return error_response(400, "InvalidUserInput", "'lora_name' needs to be provided to unload a LoRA adapter.")
     if name not in known.runs:
         return error_response(404, "NotFoundError", f"The lora adapter '{name}' cannot be found.")
-    await known.unload(name)
+    await whole.unload(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 async def openapi(request: Request, known: Known) -> dict[str, Any]:
     """The engine's own description with lorakit's routes in it, for `/docs`."""
-    own: dict[str, Any] = request.app.openapi()
+    own = whole_description(request.app.openapi())
     theirs = await known.engine.describe()
     if not theirs.get("paths"):
         return own
@@ -228,28 +269,6 @@ async def openapi(request: Request, known: Known) -> dict[str, Any]:
         "paths": {**theirs.get("paths", {}), **own["paths"]},
         "components": {**theirs.get("components", {}), "schemas": schemas},
     }
-
-
-def _permitted(known: Known, source: str) -> Path:
-    """A folder under one of the server's roots, links followed.
-
-    Raises:
-        Refused: it is anywhere else, or no local path at all.
-    """
-    if "://" in source or "\0" in source:
-        raise Refused(f"'{source.partition('?')[0]}' is no local folder: fetch it first (lorakit fetch), then load it")
-    folder = Path(source)
-    roots = known.settings.allowed_roots
-    try:
-        resolved = folder.resolve()
-    except (OSError, RuntimeError):
-        raise Refused(f"'{source}' can't be resolved") from None
-    if not folder.is_absolute() or not any(resolved.is_relative_to(root) for root in roots):
-        shown = ", ".join(f"'{root}'" for root in roots) or "none"
-        raise Refused(
-            f"'{source}' is not under a folder that this server loads from ({shown}): start it with --root FOLDER"
-        )
-    return resolved
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:

@@ -14,6 +14,7 @@ from lorakit.checkpoints.finished import QUIET
 from lorakit.checkpoints.retention import Mode
 from lorakit.checkpoints.retention_file import mode_of
 from lorakit.errors import UsageError
+from lorakit.server.certificate import Certificate
 from lorakit.server.following.rules import EVAL_LOSS, FOLLOWS, Follow, Following
 from lorakit.server.sight.logs import LOG_FORMATS, LogFormat
 from lorakit.store.store import default_home
@@ -69,6 +70,13 @@ class Settings:
     max_requests_per_adapter: int = 0
     request_timeout: float = 0.0  # seconds until an answer has to be complete
     trust_request_chat_template: bool = False  # of any client
+    tls_cert: str = ""  # PEM files: the public address speaks https
+    tls_key: str = ""
+    allow_hosts: tuple[str, ...] = ()  # from which adapters may be fetched when one asks over HTTP
+    lorax_arithmetic: bool = False  # for what LoRAX's clients merge: its own, on each factor
+    allow_sources: tuple[str, ...] = ()  # hf://, s3:// addresses under which LoRAX's clients may name them
+    max_source: int = 16  # GiB of one of those
+    source_timeout: float = 600.0  # seconds that it may take
 
     @property
     def silent_limit(self) -> float:
@@ -80,9 +88,28 @@ class Settings:
         return Path(self.home) if self.home else default_home()
 
     @property
+    def asks_hub(self) -> bool:
+        """Whether somebody may name what is on the Hub."""
+        return any(address.startswith("hf:") for address in self.allow_sources)
+
+    @property
+    def certificate(self) -> Certificate:
+        return Certificate(self.tls_cert, self.tls_key)
+
+    @property
     def following(self) -> Following:
         mode = self.mode or mode_of(self.metric)
         return Following(self.follow, self.metric, mode, self.min_delta, self.min_steps)
+
+    @property
+    def shared_roots(self) -> tuple[Path, ...]:
+        """Where adapters lie that may be loaded over HTTP."""
+        return tuple(Path(folder).resolve() for folder in self.roots)
+
+    @property
+    def served_folders(self) -> tuple[Path, ...]:
+        """Where they are served from as they are."""
+        return tuple(Path(folder).resolve() for folder in (*self.watch, *self.adapters.values()))
 
     @property
     def allowed_roots(self) -> tuple[Path, ...]:
@@ -128,7 +155,7 @@ def from_mapping(given: Mapping[str, Any]) -> Settings:
             near = get_close_matches(key, known, n=1)
             raise UsageError(f"unknown setting '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
     values = dict(given)
-    for name in ("watch", "roots", "pins"):
+    for name in ("watch", "roots", "pins", "allow_hosts", "allow_sources"):
         values[name] = tuple(values.get(name, ()))
     if values.get("follow", "latest") not in FOLLOWS:
         raise UsageError(f"follow is '{values['follow']}', and has to be one of {', '.join(FOLLOWS)}")

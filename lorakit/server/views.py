@@ -14,7 +14,7 @@ NOWHERE = {"in_engine": False, "residency": None, "in_flight": 0}
 def model_cards(known: Served) -> list[dict[str, Any]]:
     """OpenAI's model objects: the base, then each name with its aliases, then the revisions."""
     base = known.engine.limits.base
-    cards = [{**known.engine.model_card(), "id": base, "object": "model"}]
+    cards = [{**known.engine.model_card(), "id": base, "object": "model"}] if known.is_base(base) else []
     names: list[tuple[str, Revision]] = []
     for name in sorted(known.runs):
         run = known.runs[name]
@@ -34,7 +34,13 @@ def model_cards(known: Served) -> list[dict[str, Any]]:
                 "parent": base,
                 "root": revision.name,
                 "step": revision.facts.step,
-                "eval_loss": _number(revision.facts.eval_loss),
+                "eval_loss": number(revision.facts.eval_loss),
+                "metadata": {
+                    "base": base,
+                    "digest": revision.digest,
+                    "rank": revision.rank,
+                    **_said_of(revision.facts),
+                },
             }
         )
     return cards
@@ -120,11 +126,11 @@ def _said_of(facts: Facts) -> dict[str, Any]:
     """What its trainer said of it."""
     return {
         "step": facts.step,
-        "epoch": _number(facts.epoch),
-        "train_loss": _number(facts.train_loss),
-        "eval_loss": _number(facts.eval_loss),
+        "epoch": number(facts.epoch),
+        "train_loss": number(facts.train_loss),
+        "eval_loss": number(facts.eval_loss),
         "eval_step": facts.eval_step,
-        "metrics": {name: _number(value) for name, value in facts.metrics.items()},
+        "metrics": {name: number(value) for name, value in facts.metrics.items()},
     }
 
 
@@ -150,6 +156,6 @@ def _waiting_view(waiting: Waiting) -> dict[str, Any]:
     }
 
 
-def _number(value: float | None) -> float | None:
+def number(value: float | None) -> float | None:
     """JSON has no NaN."""
     return value if value is None or math.isfinite(value) else None

@@ -86,7 +86,20 @@ _VERSIONS = (
     );
     CREATE INDEX moves_by_alias ON moves (base, run, alias, id);
     """,
+    """
+    CREATE TABLE keys (
+        id TEXT PRIMARY KEY, digest TEXT NOT NULL UNIQUE, name TEXT NOT NULL, adapters TEXT NOT NULL,
+        admin INTEGER NOT NULL, base INTEGER NOT NULL, rate TEXT NOT NULL, tokens INTEGER NOT NULL,
+        created REAL NOT NULL, used REAL, revoked REAL
+    );
+    CREATE TABLE key_tokens (
+        key TEXT NOT NULL REFERENCES keys (id) ON DELETE CASCADE, day TEXT NOT NULL, tokens INTEGER NOT NULL,
+        PRIMARY KEY (key, day)
+    );
+    """,
 )
+
+NEWEST = len(_VERSIONS)
 
 
 def default_home() -> Path:

@@ -203,19 +203,23 @@ class FakeEngine:
                 chunk = json.dumps({"model": model, "choices": [{"text": said[number]}]}, separators=(",", ":"))
                 await send({"type": "http.response.body", "body": f"data: {chunk}\n\n".encode(), "more_body": True})
                 await asyncio.sleep(0)
+            if (request.get("stream_options") or {}).get("include_usage"):
+                usage = {"prompt_tokens": 3, "total_tokens": 8, "completion_tokens": 5}
+                chunk = json.dumps({"model": model, "choices": [], "usage": usage}, separators=(",", ":"))
+                await send({"type": "http.response.body", "body": f"data: {chunk}\n\n".encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _say_later(self, request: dict[str, Any], model: str, send: Send) -> None:
         """As vLLM does: in a task of its own, which uses the adapter after the request is answered."""
-        response = {"id": f"resp_{len(self.responses)}", "status": "queued", "model": model}
+        response: dict[str, Any] = {"id": f"resp_{len(self.responses)}", "status": "queued", "model": model}
         self.responses[response["id"]] = response
 
         async def work() -> None:
             self._answering[model] += 1
             await self.gate(request["later"]).wait()
             self._answering[model] -= 1
-            response["status"] = "completed"
+            response.update(status="completed", usage={"input_tokens": 3, "output_tokens": 5, "total_tokens": 8})
 
         self.behind.append(asyncio.create_task(work()))
         await _send_json(send, 200, response)

@@ -8,7 +8,7 @@ The engine's flags: `fail` (say why and end), `late` (need a while to start), `o
 no SIGTERM), `stubborn` (ignore SIGTERM, and not end), `mute` (never say that it is up), `flaky` (fail at every second
 start), `ill` (call itself dead after a while), `numb` (be there, and answer no canary), `mad` (answer it wrong), `busy`
 (answer it late, and count tokens meanwhile), `cold` (never have all adapters that it should). With `quick` the
-supervisor loses its patience soon.
+supervisor loses its patience soon, and with `tls` both speak https, with the certificate beside PIDFILE.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ def engine(pids: Path, flags: list[str]) -> None:
         sys.exit(3)
     if "mute" in flags:
         time.sleep(600)
-    asyncio.run(_engine(set(flags)))
+    asyncio.run(_engine(pids, set(flags)))
     if "stubborn" in flags:
         time.sleep(600)
 
@@ -81,7 +82,11 @@ class Reconciler:
         return b'vllm:generation_tokens_total{engine="0"} %d.0\n' % tokens
 
 
-async def _engine(flags: set[str]) -> None:
+def certificate_beside(pids: Path, flags: set[str]) -> dict[str, str]:
+    return {f"tls_{name}": str(pids.parent / f"{name}.pem") for name in ("cert", "key")} if "tls" in flags else {}
+
+
+async def _engine(pids: Path, flags: set[str]) -> None:
     from lorakit.server.settings import Settings
     from lorakit.server.supervision import listener
 
@@ -99,7 +104,8 @@ async def _engine(flags: set[str]) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})
 
-    line = listener.supervised(Settings(drain=2.0, canary=0.2, hang_limit=3.2 if "quick" in flags else 60.0))
+    settings = Settings(drain=2.0, canary=0.2, hang_limit=3.2 if "quick" in flags else 60.0)
+    line = listener.supervised(replace(settings, **certificate_beside(pids, flags)))
     assert line is not None
     await line.may_begin()
     gateway: Any = SimpleNamespace(reconciler=known)
@@ -109,9 +115,9 @@ async def _engine(flags: set[str]) -> None:
 def supervise(pids: Path, flags: list[str], takeover: bool = False) -> None:
     """Its store's home is beside the file of the engines' ids."""
     from contextlib import ExitStack
-    from dataclasses import replace
 
     from lorakit.errors import LorakitError
+    from lorakit.server.settings import Settings
     from lorakit.server.supervision import supervisor as module
     from lorakit.server.supervision.supervisor import Supervisor, Times, listen
     from lorakit.server.supervision.takeover import SUFFIX, take_over
@@ -142,6 +148,7 @@ def supervise(pids: Path, flags: list[str], takeover: bool = False) -> None:
             supervisor = Supervisor(
                 public, lambda socket: (command, dict(os.environ)), phase_of=phase_of, times=times,
                 way_in=file.with_suffix(SUFFIX), taken=end,
+                certificate=Settings(**certificate_beside(pids, set(flags))).certificate,  # type: ignore[arg-type]
             )  # fmt: skip
             asyncio.run(supervisor.run())
         sys.exit(supervisor.exit_code)

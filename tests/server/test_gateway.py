@@ -447,7 +447,7 @@ class TestWithAKey:
                 request.url = request.url.copy_with(raw_path=path.encode())
                 assert_openai_error(await served.client.send(request), 401)
 
-    async def test_a_websocket_without_the_key_is_closed(self) -> None:
+    async def test_a_websocket_without_the_key_is_closed(self, tmp_path: Path, numbers: Path) -> None:
         sent: list[Any] = []
 
         async def receive() -> Any:
@@ -456,8 +456,13 @@ class TestWithAKey:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await Gateway(nothing)({"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send)
-        assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
+        asked = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+        await Gateway(nothing)(asked, receive, send)
+        async with serving(tmp_path, numbers) as served:
+            await served.gateway(asked, receive, send)
+        assert [(message["type"], message["code"]) for message in sent] == [
+            ("websocket.close", 1013), ("websocket.close", 1008)
+        ]  # fmt: skip
 
     async def test_with_the_key_it_answers_and_health_needs_none(self, tmp_path: Path, numbers: Path) -> None:
         async with serving(tmp_path, numbers) as served:

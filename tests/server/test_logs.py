@@ -43,7 +43,7 @@ as_text = pytest.mark.parametrize("lines", [TextLines], indirect=True)
 @as_json
 def test_an_answer_is_one_json_object_with_all_that_is_known_of_it(lines: StringIO) -> None:
     token = current_request.set("r-1")
-    log_answered(Answered("sql", "/v1/completions", 200, 0.25, SQL, "r-1", 0.1, 0.0, 12, 34))
+    log_answered(Answered("sql", "/v1/completions", 200, 0.25, SQL, "r-1", 0.1, 0.0, 12, 34, key="3fa9c1d2"))
     current_request.reset(token)
     (line,) = lines.getvalue().splitlines()
     said = json.loads(line)
@@ -52,7 +52,7 @@ def test_an_answer_is_one_json_object_with_all_that_is_known_of_it(lines: String
     assert said == {
         "level": "info", "logger": "lorakit", "request_id": "r-1", "status": 200, "path": "/v1/completions",
         "model": "sql", "revision": "sql@step-500-3fa9c1d2", "seconds": 0.25, "first_byte": 0.1, "waited": 0.0,
-        "prompt_tokens": 12, "completion_tokens": 34,
+        "prompt_tokens": 12, "completion_tokens": 34, "key": "3fa9c1d2",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 
 from lorakit.errors import Conflict, UsageError
 from lorakit.server.supervision.supervisor import RUNTIME_PREFIX, listen
+from tests.certificates import make_certificate
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,9 +29,10 @@ class Program:
         assert process.stdout is not None
         self.process, self.folder = process, folder
         self.address = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        self.verify: ssl.SSLContext | bool = True
 
     def get(self, path: str = "/", timeout: float = 5) -> httpx.Response:
-        return httpx.get(self.address + path, timeout=timeout)
+        return httpx.get(self.address + path, timeout=timeout, verify=self.verify)
 
     def answered_by(self) -> int | None:
         """The engine's process, when one answers; one that dies meanwhile does not."""
@@ -108,6 +111,22 @@ def test_while_the_engine_starts_every_request_is_503_at_once_with_the_reason(tm
         for path in ("/health", "/ready", "/v1/models", "/nowhere"):
             assert program.get(path).status_code in (200, 503)
         program.until_up()
+        assert program.end(signal.SIGTERM) == 0
+
+
+def test_with_a_certificate_all_that_is_answered_is_https(tmp_path: Path) -> None:
+    made = make_certificate(tmp_path, "127.0.0.1")
+    with supervising(tmp_path, "late", "tls") as program:
+        plain = program.address
+        program.address, program.verify = plain.replace("http:", "https:"), made.trusted()
+        answer = program.until(lambda: (found := program.get()).status_code == 503 and found)
+        assert isinstance(answer, httpx.Response)
+        assert "the engine is starting" in answer.text
+        program.until_up()
+        with pytest.raises(httpx.TransportError):
+            httpx.get(plain)
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(program.address)
         assert program.end(signal.SIGTERM) == 0
 
 

@@ -259,8 +259,8 @@ def _url(text: str, otherwise: str, above: httpx.URL | None = None) -> httpx.URL
 
 
 @contextmanager
-def client_for(patience: Patience) -> Iterator[httpx.Client]:
-    """An HTTP client that logs no addresses.
+def client_for(patience: Patience, through: httpx.BaseTransport | None = None) -> Iterator[httpx.Client]:
+    """An HTTP client that logs no addresses. `through` is the one way that it takes, past whatever proxy.
 
     Raises:
         LorakitError: the environment names a proxy or certificates that can't be used.
@@ -269,20 +269,23 @@ def client_for(patience: Patience) -> Iterator[httpx.Client]:
     for logger in loggers:
         logger.addFilter(_unlogged)
     try:
-        with _client(patience) as client:
+        with _client(patience, through) as client:
             yield client
     finally:
         for logger in loggers:
             logger.removeFilter(_unlogged)
 
 
-def _client(patience: Patience) -> httpx.Client:
+def _client(patience: Patience, through: httpx.BaseTransport | None) -> httpx.Client:
     """Raises LorakitError when the environment names a proxy or certificates that can't be used."""
     import httpx
 
     timeout = httpx.Timeout(patience.timeout, connect=min(10.0, patience.timeout))
     try:
-        return httpx.Client(timeout=timeout, follow_redirects=False, headers={"user-agent": "lorakit"})
+        return httpx.Client(
+            timeout=timeout, follow_redirects=False, headers={"user-agent": "lorakit"}, transport=through,
+            trust_env=through is None,
+        )  # fmt: skip
     except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
         raise LorakitError(
             f"the proxy or the certificates that the environment names can't be used ({type(error).__name__}): check "

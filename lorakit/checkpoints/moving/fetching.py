@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.reading import UNFINISHED
 from lorakit.checkpoints.finished import look_at, look_at_url
@@ -51,6 +51,9 @@ from lorakit.files.folders import refuse_existing, whole_folder
 from lorakit.files.hub import looks_like_hub_id
 from lorakit.files.provenance import FILE as PROVENANCE
 from lorakit.files.provenance import write_provenance
+
+if TYPE_CHECKING:
+    import httpx
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +204,14 @@ def fetch(
     unfinished: bool = False,
     with_digest: bool = True,
     progress: Progress | None = None,
+    through: httpx.BaseTransport | None = None,
 ) -> Fetched:
     """Get a checkpoint into the folder `out`, which appears whole or not at all.
 
     Args:
         sha256: What the archive or the single file has to have.
         unfinished: Take a checkpoint that its writer is not done with, too.
+        through: The one way to a URL.
 
     Raises:
         Conflict: `out` exists.
@@ -223,7 +228,10 @@ def fetch(
     with whole_folder(out, take_up=lambda folder: is_begun(folder, address)) as folder:
         match address.way:
             case "url":
-                arrived = fetch_url(address, folder, limits=limits, patience=patience, sha256=sha256, progress=progress)
+                arrived = fetch_url(
+                    address, folder, limits=limits, patience=patience, sha256=sha256, progress=progress,
+                    through=through,
+                )  # fmt: skip
             case "bucket":
                 arrived = fetch_bucket(address, folder, limits, unfinished, sha256, progress)
             case "hub":

@@ -119,8 +119,9 @@ def look_ahead(address: Address, patience: Patience) -> Ahead:
 
 
 def fetch_url(
-    address: Address, folder: Path, *, limits: Limits, patience: Patience, sha256: str | None, progress: Progress | None
-) -> Arrived:
+    address: Address, folder: Path, *, limits: Limits, patience: Patience, sha256: str | None,
+    progress: Progress | None, through: httpx.BaseTransport | None = None,
+) -> Arrived:  # fmt: skip
     """Fill `folder`, which may hold what a killed call for the same address left: see `is_begun`.
 
     Raises:
@@ -128,7 +129,7 @@ def fetch_url(
         InvalidFile: what came is damaged, cut short, or not of the digest that it should have.
     """
     notes: list[str] = []
-    with client_for(patience) as client:
+    with client_for(patience, through) as client:
         for attempt in count(1):
             try:
                 arrived, digests = _fetch_once(client, address, folder, limits, patience, progress)

@@ -39,31 +39,31 @@ def linear(deltas: Sequence[LowRank], weights: Sequence[float], *, draw: Draw) -
     Raises:
         UsageError: the ranks differ.
     """
-    return _factorwise(deltas, weights, draw, _whole, _sum, "peft:linear")
+    return _factorwise(deltas, weights, draw, whole, summed, "peft:linear")
 
 
 def ties(
     deltas: Sequence[LowRank], weights: Sequence[float], *, draw: Draw, density: float, majority_sign: str
 ) -> LowRank:
     """TIES on the B's, and TIES on the A's. Raises UsageError: the ranks differ."""
-    return _factorwise(deltas, weights, draw, _top(density), _disjoint(majority_sign), "peft:ties")
+    return _factorwise(deltas, weights, draw, top(density), disjoint(majority_sign), "peft:ties")
 
 
 def dare_linear(deltas: Sequence[LowRank], weights: Sequence[float], *, draw: Draw, density: float) -> LowRank:
     """DARE on the B's, and DARE on the A's. Raises UsageError: the ranks differ."""
-    return _factorwise(deltas, weights, draw, _random(density), _sum, "peft:dare_linear")
+    return _factorwise(deltas, weights, draw, _random(density), summed, "peft:dare_linear")
 
 
 def dare_ties(
     deltas: Sequence[LowRank], weights: Sequence[float], *, draw: Draw, density: float, majority_sign: str
 ) -> LowRank:
     """DARE and TIES' election on the B's, and on the A's. Raises UsageError: the ranks differ."""
-    return _factorwise(deltas, weights, draw, _random(density), _disjoint(majority_sign), "peft:dare_ties")
+    return _factorwise(deltas, weights, draw, _random(density), disjoint(majority_sign), "peft:dare_ties")
 
 
 def magnitude_prune(deltas: Sequence[LowRank], weights: Sequence[float], *, draw: Draw, density: float) -> LowRank:
     """The largest values of the B's, and of the A's. Raises UsageError: the ranks differ."""
-    return _factorwise(deltas, weights, draw, _top(density), _sum, "peft:magnitude_prune")
+    return _factorwise(deltas, weights, draw, top(density), summed, "peft:magnitude_prune")
 
 
 def unless_alone(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -88,32 +88,49 @@ magnitude_prune_svd = unless_alone(elementwise.magnitude_prune)
 def _factorwise(
     deltas: Sequence[LowRank], weights: Sequence[float], draw: Draw, prune: Prune, fuse: Fuse, name: str
 ) -> LowRank:
-    """Prune and fuse the A's, then the B's; an adapter draws for its A first."""
-    import torch
-
     if len(deltas) == 1:
-        prune, fuse = _whole, _sum
+        prune, fuse = whole, summed
+    there = of_one_rank(deltas, draw, name)
+    factors = [weights[index] * delta.scale for index, delta in there]
+    roots = [sqrt(abs(factor)) for factor in factors]
+    signed = [-root if factor < 0 else root for root, factor in zip(roots, factors, strict=True)]
+    return fused(there, roots, signed, draw, prune, fuse)
+
+
+def of_one_rank(deltas: Sequence[LowRank], draw: Draw, name: str) -> list[tuple[int, LowRank]]:
+    """Those that are there, each with its place.
+
+    Raises:
+        UsageError: their ranks differ.
+    """
     there = [(index, delta) for index, delta in enumerate(deltas) if delta.rank]
     ranks = [delta.rank for _, delta in there]
     if len(set(ranks)) > 1:
         raise UsageError(
             f"{name} needs adapters of the same rank, but on '{draw.module}' they have {', '.join(map(str, ranks))}: "
-            f"take '{name.removeprefix('peft:')}', which works on the deltas themselves"
+            f"take '{name.partition(':')[2]}', which works on the deltas themselves"
         )
-    factors = [weights[index] * delta.scale for index, delta in there]
+    return there
+
+
+def fused(
+    there: Sequence[tuple[int, LowRank]], for_left: Sequence[float], for_right: Sequence[float], draw: Draw,
+    prune: Prune, fuse: Fuse,
+) -> LowRank:  # fmt: skip
+    """Prune and fuse the A's, then the B's, with weights for each; an adapter draws for its A first."""
+    import torch
+
     chances = [draw.generator(index) for index, _ in there]
-    roots = [sqrt(abs(factor)) for factor in factors]
-    signed = [-root if factor < 0 else root for root, factor in zip(roots, factors, strict=True)]
     rights = [prune(_wide(delta.A), chance) for (_, delta), chance in zip(there, chances, strict=True)]
     lefts = [prune(_wide(delta.B), chance) for (_, delta), chance in zip(there, chances, strict=True)]
-    return LowRank(fuse(torch.stack(lefts), roots), fuse(torch.stack(rights), signed))
+    return LowRank(fuse(torch.stack(lefts), for_left), fuse(torch.stack(rights), for_right))
 
 
-def _whole(values: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+def whole(values: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     return values
 
 
-def _top(density: float) -> Prune:
+def top(density: float) -> Prune:
     def prune(values: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
         import torch
 
@@ -122,21 +139,21 @@ def _top(density: float) -> Prune:
         mask = torch.zeros_like(values).flatten().index_fill_(0, largest, 1)
         return values * mask.view_as(values)
 
-    return prune if density < 1 else _whole
+    return prune if density < 1 else whole
 
 
 def _random(density: float) -> Prune:
     def prune(values: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
         return values * kept_at_random(tuple(values.shape), density, chance, values.device) / density
 
-    return prune if density < 1 else _whole
+    return prune if density < 1 else whole
 
 
-def _sum(values: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+def summed(values: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     return elementwise.weighted(values, weights).sum(dim=0)
 
 
-def _disjoint(majority_sign: str) -> Fuse:
+def disjoint(majority_sign: str) -> Fuse:
     return lambda values, weights: elementwise.disjoint_mean(values, weights, majority_sign)
 
 

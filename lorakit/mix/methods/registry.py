@@ -14,7 +14,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.errors import UsageError
-from lorakit.mix.methods import cores, elementwise, peft_forms
+from lorakit.mix.methods import cores, elementwise, lorax_forms, peft_forms
 from lorakit.mix.methods.knots import knots
 from lorakit.mix.methods.linear import linear, slerp
 from lorakit.mix.methods.low_rank import Draw, LowRank
@@ -226,6 +226,24 @@ METHODS: Mapping[str, Method] = {
             "dense",
             TRIM,
             peft_forms.magnitude_prune_svd,
+        ),
+        Method("lorax:linear", "LoRAX's linear: on A and B apart", "LoRAX", "factors", {}, lorax_forms.linear),
+        Method("lorax:ties", "LoRAX's ties: on A and B apart", "LoRAX", "factors", TRIM | ELECT, lorax_forms.ties),
+        Method(
+            "lorax:dare_linear",
+            "LoRAX's dare_linear: on A and B apart, and nothing scaled up",
+            "LoRAX",
+            "factors",
+            TRIM | CHANCE,
+            lorax_forms.dare_linear,
+        ),
+        Method(
+            "lorax:dare_ties",
+            "LoRAX's dare_ties: on A and B apart, and nothing scaled up",
+            "LoRAX",
+            "factors",
+            TRIM | ELECT | CHANCE,
+            lorax_forms.dare_ties,
         ),
     )
 }

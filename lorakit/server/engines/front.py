@@ -111,7 +111,7 @@ async def serve_in_front(url: str, public: socket.socket, settings: Settings, *,
     log_to_stderr(settings.log_format)
     http = Http(url, os.environ.get(KEY, ""))
     front = Front(http, settings, base_path=base_path, max_rank=max_rank)
-    server = public_server(front, settings.drain)
+    server = public_server(front, settings.drain, settings.certificate)
     codes: list[int] = []
 
     def stop(number: int) -> None:

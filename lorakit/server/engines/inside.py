@@ -119,7 +119,8 @@ class InsideEngine:
         return True
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._inner(scope, receive, send)
+        # lorakit's own app may have written itself into it, where a request came by one of its routes
+        await self._inner({**scope, "app": self._app}, receive, send)
 
     async def read_card(self) -> None:
         """Ask vLLM once how it describes its base."""

@@ -38,7 +38,7 @@ _LIST_EVERY = 10  # looks: it may have been started anew between two of them
 # Of one connection, so not handed on to the other (RFC 9110, section 7.6.1), and what is said anew there.
 _OWN_HEADERS = frozenset(
     {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
-     b"trailer", b"transfer-encoding", b"upgrade", b"host", b"authorization", b"content-length"}
+     b"trailer", b"transfer-encoding", b"upgrade", b"host", b"authorization", b"x-api-key", b"content-length"}
 )  # fmt: skip
 _OWN_ANSWERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"})
 

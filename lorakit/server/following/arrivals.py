@@ -98,7 +98,7 @@ class Arrivals:
         run = self._known.runs.get(candidate.run, Run(candidate.run))
         return any(revision.source == str(candidate.folder) for revision in run.revisions.values())
 
-    async def take_in(self, sight: Sight, *, finished: bool = True, late: bool = False) -> Revision:
+    async def take_in(self, sight: Sight, *, finished: bool = True, late: bool = False, shown: str = "") -> Revision:
         """Put it into the store, and among what is known; within a change of its run.
 
         Raises:
@@ -108,7 +108,7 @@ class Arrivals:
         seconds = {} if sight.early else {"detect": max(0.0, time.time() - sight.written)}
         taken = await asyncio.to_thread(
             take_in, known.store, self._base, sight.look, run=candidate.run, kind=candidate.kind, step=candidate.step,
-            max_rank=known.engine.limits.max_rank, finished=finished, late=late,
+            max_rank=known.engine.limits.max_rank, finished=finished, late=late, shown=shown,
         )  # fmt: skip
         revision = taken.revision
         run = known.runs.setdefault(candidate.run, Run(candidate.run))

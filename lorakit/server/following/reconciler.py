@@ -41,7 +41,6 @@ class Reconciler(Served):
     def __init__(self, settings: Settings, engine: Engine, store: Store, base: BaseModel) -> None:
         super().__init__(settings, engine, store)
         self.base = base
-        self.converged = False
         self._changes = Changes()
         self._arrivals = Arrivals(self, base, self._changes)
         self._smokes = read_smokes(Path(settings.probe)) if settings.probe else ()
@@ -336,8 +335,8 @@ class Reconciler(Served):
 
     # administration
 
-    async def load(self, name: str, folder: Path) -> Revision:
-        """Take an adapter in under a name, and point the name at it.
+    async def load(self, name: str, folder: Path, *, shown: str = "") -> Revision:
+        """Take an adapter in under a name, and point the name at it; `shown` is where it came from, if not from there.
 
         Raises:
             NotFound: there is no such folder.
@@ -347,7 +346,7 @@ class Reconciler(Served):
         check_name(name, self.engine.limits.base)
         self.mixes.refuse_taken(name)
         async with self._changes.of(name):
-            revision = await self._taken_in(name, folder)
+            revision = await self._taken_in(name, folder, shown)
         await self.bring_in(revision, urgent=True)
         async with self._changes.of(name):
             run = self._run_of(revision)
@@ -358,7 +357,7 @@ class Reconciler(Served):
         self._unsettled.add(name)
         return revision
 
-    async def _taken_in(self, name: str, folder: Path) -> Revision:
+    async def _taken_in(self, name: str, folder: Path, shown: str) -> Revision:
         try:
             candidates = await asyncio.to_thread(candidates_of, folder, name)
         except OSError:
@@ -371,7 +370,7 @@ class Reconciler(Served):
                 if len(candidates) > 1:
                     continue
                 raise (Refused if never else Incomplete)(f"'{candidate.folder}': {never or look.reason}")
-            revision = await self._arrivals.take_in(Sight(candidate, look, ready=True, early=True))
+            revision = await self._arrivals.take_in(Sight(candidate, look, ready=True, early=True), shown=shown)
         if revision is None:
             raise Incomplete(f"'{folder}' holds no finished adapter")
         return revision
@@ -446,11 +445,6 @@ class Reconciler(Served):
     async def _bring_back(self, revision: Revision) -> None:
         with contextlib.suppress(LoadFailed, NoSlot):
             await self.bring_in(revision, urgent=True)
-
-    async def before(self, run: Run) -> Revision | None:
-        """What the default alias pointed at before, if that can be served."""
-        before = await asyncio.to_thread(self.store.previous, run.name, "")
-        return self.possible(run).get(before) if before is not None else None
 
     def _run_of(self, revision: Revision) -> Run:
         """Raises NotFound when it was removed meanwhile."""

@@ -47,6 +47,7 @@ class Served:
         self.waiting: dict[Place, Waiting] = {}
         self.requests: dict[int, int] = {}
         self.observers: list[Observer] = []  # each is told of every answer when it has ended
+        self.converged = False  # what was named at start, and what aliases meant before, answers or is refused
         self._unproven: set[int] = set()  # found, and not yet tried out in the engine
         self._proven: set[int] = set()  # once in the engine, and answered there
         self._failed: dict[int, str] = {}  # refused by the engine, with its reason
@@ -61,7 +62,7 @@ class Served:
         Raises:
             NotFound: there is no such model, or nothing of it is ready.
         """
-        if model == self.engine.limits.base:
+        if self.is_base(model):
             return None
         name, selector = split_model(model)
         run = self.runs.get(name)
@@ -73,6 +74,13 @@ class Served:
         if revision is None:
             raise NotFound(f"The model `{model}` does not exist{self._why_not(name, run)}")
         return revision
+
+    def is_base(self, model: str) -> bool:
+        return model == self.engine.limits.base
+
+    def has(self, name: str) -> bool:
+        """Whether there is a base, an adapter or a mix of this name."""
+        return self.is_base(name) or name in self.runs or name in self.mixes.names
 
     def _default(self, run: Run) -> Revision | None:
         target = run.aliases.get("", -1)
@@ -210,6 +218,11 @@ class Served:
         """Whether it was not forgotten meanwhile."""
         run = self.runs.get(revision.run)
         return revision.id in (run.revisions if run is not None else {one.id for one in self.mixes.revisions()})
+
+    async def before(self, run: Run) -> Revision | None:
+        """What the default alias pointed at before, if that can be served."""
+        before = await asyncio.to_thread(self.store.previous, run.name, "")
+        return self.possible(run).get(before) if before is not None else None
 
     def run_named(self, name: str) -> Run:
         run = self.runs.get(name)

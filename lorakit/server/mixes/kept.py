@@ -102,19 +102,27 @@ class Mixes:
 
     # what requests ask
 
-    def find(self, model: str) -> Revision | None:
-        """What a name, `mix@3fa9c1d2`, or the text of a mix that was made already means; None when nothing.
+    def is_seen(self, revision: Revision) -> bool:
+        """Whether whoever looks may see it: here that is everybody."""
+        return True
+
+    def find(self, model: str, eyes: Served | None = None) -> Revision | None:
+        """What a name, `mix@3fa9c1d2`, or the text of a mix that was made already means; None when nothing. `eyes` is
+        what is served as whoever asks sees it.
 
         Raises:
             NotFound: the engine refuses it.
         """
+        eyes = eyes or self._known
         if model.startswith(OPENS):
             with contextlib.suppress(Refused, NotFound):
-                return self._made_before(self._recipe(parse_mix(model)))
+                made = self._made_before(self._recipe(parse_mix(model), eyes))
+                return made if made is not None and eyes.mixes.is_seen(made) else None
             return None
-        selector = model if model in self.names else model.removeprefix(f"{RUN}@")
-        found = self._run.select(selector) if selector != model or model in self.names else None
-        if found is None:
+        is_name = model in eyes.mixes.names
+        selector = model if is_name else model.removeprefix(f"{RUN}@")
+        found = self._run.select(selector) if selector != model or is_name else None
+        if found is None or not eyes.mixes.is_seen(found):
             return None
         state, reason = self._known.state_of(found)
         if state == "refused":
@@ -122,8 +130,9 @@ class Mixes:
         self._touch(found.id)
         return found
 
-    async def revision_for(self, model: str) -> Revision:
+    async def revision_for(self, model: str, eyes: Served | None = None) -> Revision:
         """The revision that `mix(…)` means now, made if it is not there; those who ask for the same wait together.
+        `eyes` as in `find`.
 
         Raises:
             Refused: it can't be read.
@@ -131,7 +140,7 @@ class Mixes:
             MixRefused: it would lose too much, or can't be made.
             MixNotMade: it could not be made now, or not within the time that a request waits.
         """
-        return await self._made(self._recipe(parse_mix(model)))
+        return await self._made(self._recipe(parse_mix(model), eyes or self._known))
 
     def error_of(self, revision: Revision | None) -> float | None:
         """‖Δ - Δ'‖ / ‖Δ‖ of a mix; None of what is none."""
@@ -164,14 +173,14 @@ class Mixes:
 
     # making
 
-    def _recipe(self, asked: MixText) -> Recipe:
+    def _recipe(self, asked: MixText, eyes: Served) -> Recipe:
         parents: dict[str, tuple[Revision, float]] = {}
         for name, weight in asked.adapters:
-            if name in self.names or name.partition("@")[0] == RUN:
+            if name in eyes.mixes.names or name.partition("@")[0] == RUN:
                 raise Refused(
                     f"'{name}' in {asked} is a mix, and a mix is made of adapters: name those, with their weights"
                 )
-            parent = self._known.resolve(name)
+            parent = eyes.resolve(name)
             if parent is None:
                 raise Refused(f"'{name}' in {asked} is the base, which every mix is added to: leave it out")
             first, before = parents.get(parent.digest, (parent, 0.0))
@@ -299,8 +308,8 @@ class Mixes:
 
     # names
 
-    async def name(self, name: str, mix: str, *, follow: bool) -> None:
-        """Give a mix a name that requests can use; one that has it already moves.
+    async def name(self, name: str, mix: str, *, follow: bool, eyes: Served | None = None) -> None:
+        """Give a mix a name that requests can use; one that has it already moves. `eyes` as in `find`.
 
         Raises:
             Conflict: an adapter has that name, or there are too many names.
@@ -311,7 +320,7 @@ class Mixes:
         check_alias(name)
         asked = parse_mix(mix)
         self._refuse_name(name)
-        revision = await self._proven(self._recipe(asked))
+        revision = await self._proven(self._recipe(asked, eyes or self._known))
         async with self._changes.of(name):
             self._refuse_name(name)
             await self._point(Follower(Named(name, str(asked), follow), asked), revision, "set")
@@ -332,8 +341,9 @@ class Mixes:
             if name not in self.names:
                 raise NotFound(f"there is no mix of the name '{name}': GET /v1/mixes lists them")
             await asyncio.to_thread(self.store.unname, name)
-            del self.names[name], self._run.aliases[name]
-            self._known.events.tell("gone", f"{name} is no longer served", adapter=name)
+            forgotten = self.names.pop(name)
+            del self._run.aliases[name]
+            self._known.events.tell("gone", f"{name} is no longer served", adapter=name, mix=forgotten.named.mix)
 
     def look(self) -> None:
         """Begin to make again what follows, where an adapter in it has moved."""
@@ -341,7 +351,7 @@ class Mixes:
             if not follower.named.follow or follower.remaking is not None:
                 continue
             try:
-                recipe = self._recipe(follower.asked)
+                recipe = self._recipe(follower.asked, self._known)
                 if self._is_met(follower, recipe):
                     follower.trouble = None
                     continue
@@ -388,11 +398,14 @@ class Mixes:
         self.names[named.name] = follower
         if before != revision.id:
             said = f"{named.name} is now {revision.name}, {revision.source}"
-            told = {"alias": named.name, "why": why, "adapter": RUN, "revision": revision.name, "step": None}
+            told = {"alias": named.name, "why": why, "adapter": RUN, "revision": revision.name, "step": None,
+                    "mix": revision.source}  # fmt: skip
             self._known.events.tell("alias", said, **told)
 
     def _stays(self, follower: Follower, trouble: str) -> None:
         if trouble != follower.trouble:
-            name = follower.named.name
-            self._known.events.tell("stalled", f"{name} stays as it is: {trouble}", adapter=name, reason=trouble)
+            name, mix = follower.named.name, follower.named.mix
+            self._known.events.tell(
+                "stalled", f"{name} stays as it is: {trouble}", adapter=name, reason=trouble, mix=mix
+            )
         follower.trouble = trouble

@@ -54,7 +54,8 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        parents = [[parent.digest, weight] for parent, weight in self.parents]
+        # of two names for the same content, one may not be for the ears of who asks by the other
+        parents = [[parent.run, parent.digest, weight] for parent, weight in self.parents]
         said = {"method": self.asked.method, "options": dict(self.asked.options), "rank": self.rank}
         return json.dumps({"parents": parents, "exact": self.exact, **said}, sort_keys=True)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr
 
 from lorakit.errors import NotFound
+from lorakit.server.access.given import Administered, Known
+from lorakit.server.access.rights import rights_of
+from lorakit.server.access.seen import seen_by
+from lorakit.server.described import EVERYWHERE, errors
 from lorakit.server.following.served import Served
 from lorakit.server.views import NOWHERE, place_of
 from lorakit.store.catalog import Revision
@@ -23,20 +27,12 @@ class NewMix(BaseModel):
     follow: StrictBool = True
 
 
-def _served(request: Request) -> Served:
-    found: Served = request.app.state.reconciler
-    return found
-
-
-Known = Annotated[Served, Depends(_served)]
-
-
 def mix_router() -> APIRouter:
-    router = APIRouter(tags=["lorakit"])
+    router = APIRouter(tags=["lorakit"], responses=EVERYWHERE)
     router.add_api_route("/v1/mixes", mixes, methods=["GET"])
-    router.add_api_route("/v1/mixes", name_mix, methods=["POST"], status_code=201)
-    router.add_api_route("/v1/mixes/{name}", mix, methods=["GET"])
-    router.add_api_route("/v1/mixes/{name}", forget_mix, methods=["DELETE"])
+    router.add_api_route("/v1/mixes", name_mix, methods=["POST"], status_code=201, responses=errors(400, 404, 409, 422))
+    router.add_api_route("/v1/mixes/{name}", mix, methods=["GET"], responses=errors(404))
+    router.add_api_route("/v1/mixes/{name}", forget_mix, methods=["DELETE"], responses=errors(404))
     return router
 
 
@@ -47,23 +43,30 @@ async def mixes(known: Known) -> dict[str, Any]:
     return {"object": "list", "data": [*named, *unnamed]}
 
 
-async def name_mix(known: Known, new: NewMix) -> dict[str, Any]:
+async def name_mix(request: Request, whole: Administered, new: NewMix) -> dict[str, Any]:
     """Make a mix and give it a name; a name that exists moves, for the next request on."""
-    await known.mixes.name(new.name, new.mix, follow=new.follow)
-    return mix_view(known, new.name)
+    rights_of(request.scope).refuse_name(new.name)
+    await whole.mixes.name(new.name, new.mix, follow=new.follow, eyes=seen_by(whole, rights_of(request.scope)))
+    return mix_view(whole, new.name)
 
 
 async def mix(known: Known, name: str) -> dict[str, Any]:
     """One name."""
     if name not in known.mixes.names:
-        raise NotFound(f"there is no mix of the name '{name}': GET /v1/mixes lists them")
+        raise _no_mix(name)
     return mix_view(known, name)
 
 
-async def forget_mix(known: Known, name: str) -> dict[str, Any]:
+async def forget_mix(known: Known, whole: Administered, name: str) -> dict[str, Any]:
     """Serve a name no longer; what is in flight is finished."""
-    await known.mixes.forget_name(name)
+    if name not in known.mixes.names:
+        raise _no_mix(name)
+    await whole.mixes.forget_name(name)
     return {"id": name, "object": "mix", "deleted": True}
+
+
+def _no_mix(name: str) -> NotFound:
+    return NotFound(f"there is no mix of the name '{name}': GET /v1/mixes lists them")
 
 
 def mix_view(known: Served, name: str) -> dict[str, Any]:

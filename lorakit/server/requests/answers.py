@@ -15,9 +15,11 @@ class PlainJSON(JSONResponse):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def error_response(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
-    """An error in OpenAI's shape; with 429 and 503 a `Retry-After`."""
-    headers = {"Retry-After": {429: "1", 503: "2"}[status]} if status in (429, 503) else None
+def error_response(
+    status: int, kind: str, message: str, param: str | None = None, *, after: int | None = None
+) -> JSONResponse:
+    """An error in OpenAI's shape; with 429 and 503 a `Retry-After`, of `after` seconds where they are known."""
+    headers = {"Retry-After": str(after or {429: 1, 503: 2}[status])} if status in (429, 503) else None
     return PlainJSON(
         {"error": {"message": message, "type": kind, "param": param, "code": status}}, status, headers=headers
     )

@@ -9,9 +9,12 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from lorakit.errors import LorakitError, NotFound, Refused
+from lorakit.server.access.rights import rights_of
+from lorakit.server.access.seen import seen_by
 from lorakit.server.engines.engine import Engine, LoadFailed
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.following.residency import NoSlot
+from lorakit.server.following.served import Served
 from lorakit.server.following.turns import Resident
 from lorakit.server.mixes.making import MixNotMade, MixRefused
 from lorakit.server.mixes.text import OPENS
@@ -34,8 +37,9 @@ from lorakit.server.requests.models import (
 from lorakit.server.requests.naming import named_answer, with_mix_error
 from lorakit.server.requests.patience import Patience
 from lorakit.server.requests.stored_responses import PATH as RESPONSES
-from lorakit.server.requests.stored_responses import StoredResponses
+from lorakit.server.requests.stored_responses import NoResponse, Spend, StoredResponses, is_of_stored
 from lorakit.server.requests.templates import OwnTemplates
+from lorakit.server.requests.usage import asking_for_usage
 from lorakit.store.catalog import Revision
 from lorakit.store.mixes import RUN as MIXES
 from lorakit.store.names import split_model
@@ -55,6 +59,7 @@ BASE_IF_NONE = frozenset({"/tokenize", "/detokenize", "/v1/audio/transcriptions"
 MODEL_ROUTES = WITH_MODEL | BASE_IF_NONE
 
 REFUSALS: tuple[tuple[type[LorakitError], int, str, str | None], ...] = (
+    (NoResponse, 404, "NotFoundError", None),
     (NotFound, 404, "NotFoundError", "model"),
     (TooLarge, 413, "BadRequestError", None),
     (TooMany, 429, "RateLimitError", None),
@@ -71,16 +76,16 @@ REFUSED = tuple(type_ for type_, *_ in REFUSALS)
 
 
 class Asking:
-    """Answers what names a model, or might."""
+    """Answers what names a model, or might. `spend` is told what a key used after its request had ended."""
 
-    def __init__(self, reconciler: Reconciler) -> None:
+    def __init__(self, reconciler: Reconciler, spend: Spend) -> None:
         settings = reconciler.settings
         self._reconciler = reconciler
         self._engine = reconciler.engine
         self._in_flight = InFlight(
             settings.max_requests, settings.max_requests_per_key, settings.max_requests_per_adapter
         )
-        self._stored = StoredResponses(reconciler.engine)
+        self._stored = StoredResponses(reconciler.engine, spend)
         self._templates = OwnTemplates()
 
     async def close(self) -> None:
@@ -88,13 +93,13 @@ class Asking:
 
     def takes(self, scope: Scope, path: str) -> bool:
         """Whether a request may name a model, or is about an answer of one."""
-        if path.startswith(f"{RESPONSES}/") and path not in WITH_MODEL:
-            return True
+        if is_of_stored(path):
+            return bool(scope["method"] != "OPTIONS")
         return scope["method"] == "POST" and (path in WITH_MODEL or is_json(scope) or is_form(scope))
 
     async def answer(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
         """Answer one request, and tell what is known of it when that has ended."""
-        if path not in WITH_MODEL and path.startswith(f"{RESPONSES}/"):
+        if is_of_stored(path):
             await self._stored.answer(scope, receive, send, path)
             return
         exchange = Exchange(scope, receive, send, path)
@@ -110,8 +115,12 @@ class Asking:
             self._reconciler.answered(exchange.answered())
 
     async def _answer(self, scope: Scope, exchange: Exchange, patience: Patience) -> None:
+        rights = rights_of(scope)
+        known = seen_by(self._reconciler, rights)
         with ExitStack() as leaving:
-            leaving.enter_context(self._in_flight.from_client(header(scope, b"authorization")))
+            # where lorakit has no keys, something before it may have some
+            client = rights.key or header(scope, b"authorization").decode("latin-1")
+            leaving.enter_context(self._in_flight.from_client(client))
             body = await read_body(scope, patience.receive, self._reconciler.settings.max_body * 2**20)
             asked = _read(scope, body, exchange.path)
             if asked is not None and not self._reconciler.settings.trust_request_chat_template:
@@ -120,20 +129,27 @@ class Asking:
                 await self._engine.answer(scope, replayed(body, patience.receive), patience.send)
                 return
             exchange.model = model
+            if exchange.path == RESPONSES:
+                self._stored.refuse_others(asked.said.get("previous_response_id"), rights)
             adapter = MIXES if model.startswith(OPENS) else split_model(model)[0]
-            leaving.enter_context(self._in_flight.to_adapter(adapter))
+            if adapter == MIXES or known.has(adapter):  # of others nobody is to learn how busy they are
+                leaving.enter_context(self._in_flight.to_adapter(adapter))
             begun = exchange.seconds
-            revision, resident = await self._acquire(model)
+            revision, resident = await self._acquire(model, known)
             if resident is not None:
                 leaving.callback(self._reconciler.residency.done, resident)
             exchange.revision, exchange.waited = revision, exchange.seconds - begun
-            body = asked.naming(await self._members(exchange.path, asked, revision, resident))
+            members = await self._members(exchange.path, asked, revision, resident)
+            if rights.allowance.tokens and (usage := asking_for_usage(exchange.path, asked)):
+                exchange.hide_usage()
+                members |= usage
+            body = asked.naming(members)
             background = bool(asked.said.get("background"))
             receive = replayed(body, patience.receive)
-            scope = _with_length(scope, len(body))
+            scope = with_length(scope, len(body))
             del asked, body  # large ones are not kept for as long as the answer takes
             if not patience.over:
-                send, found = self._named(patience, revision, resident)
+                send, found = self._named(patience, revision, resident, rights.key)
                 try:
                     await self._engine.answer(scope, receive, send)
                 finally:
@@ -155,8 +171,8 @@ class Asking:
             raise NoModel("the body has to be a JSON object with a string `model`")
         return model
 
-    async def _acquire(self, model: str) -> tuple[Revision | None, Resident | None]:
-        """The revision that a model means now, counted in: between the two nothing else runs.
+    async def _acquire(self, model: str, known: Served) -> tuple[Revision | None, Resident | None]:
+        """The revision that a model means now to whoever sees `known`, counted in: between the two nothing else runs.
 
         Raises:
             NotFound: there is none.
@@ -166,7 +182,7 @@ class Asking:
         reconciler = self._reconciler
         while True:
             mixed = model.startswith(OPENS)
-            revision = await reconciler.mixes.revision_for(model) if mixed else reconciler.resolve(model)
+            revision = await known.mixes.revision_for(model) if mixed else known.resolve(model)
             if revision is None:
                 return None, None
             resident = reconciler.residency.use(revision.name)
@@ -187,20 +203,21 @@ class Asking:
         return {"model": resident.engine_name, **own}
 
     def _named(
-        self, patience: Patience, revision: Revision | None, resident: Resident | None
+        self, patience: Patience, revision: Revision | None, resident: Resident | None, key: str
     ) -> tuple[Send, list[str]]:
         """The way of the answer; for one that is stored, its id as soon as it has said it."""
         base = self._engine.limits.base
         name, engine_name = revision.name if revision else base, resident.engine_name if resident else base
         send = with_mix_error(_or_unavailable(self._engine, patience.send), self._reconciler.mixes.error_of(revision))
         send = named_answer(send, name, engine_name)
-        return self._stored.listening(send, name, engine_name) if patience.path == RESPONSES else (send, [])
+        return self._stored.listening(send, name, engine_name, key) if patience.path == RESPONSES else (send, [])
 
 
 _OF_THE_BODY = (b"content-length", b"transfer-encoding")
 
 
-def _with_length(scope: Scope, length: int) -> Scope:
+def with_length(scope: Scope, length: int) -> Scope:
+    """The same request with a body of another length."""
     headers = [(key, value) for key, value in scope["headers"] if key not in _OF_THE_BODY]
     return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
@@ -233,7 +250,7 @@ def refuse_template(asked: Asked) -> None:
 
 def _refusal(error: LorakitError) -> Response:
     _, status, kind, param = next(refusal for refusal in REFUSALS if isinstance(error, refusal[0]))
-    return error_response(status, kind, str(error), param)
+    return error_response(status, kind, str(error), param, after=error.after if isinstance(error, TooMany) else None)
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

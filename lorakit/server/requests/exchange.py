@@ -8,7 +8,9 @@ import time
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from lorakit.server.access.rights import rights_of
 from lorakit.server.requests.answered import Answered
+from lorakit.server.requests.usage import without_usage
 from lorakit.server.sight.request_id import current_request
 from lorakit.store.catalog import Revision
 
@@ -62,6 +64,10 @@ class Exchange:
             self._note(message.get("body", b""), ends=not message.get("more_body", False))
         await self._send(message)
 
+    def hide_usage(self) -> None:
+        """Keep from the client what a stream says that it used: it did not ask."""
+        self._send = without_usage(self._send)
+
     async def refuse(self, response: Response) -> None:
         """Answer this instead of what was asked for."""
         await response(self._scope, self.receive, self.send)
@@ -86,6 +92,7 @@ class Exchange:
             seconds=self.seconds,
             revision=self.revision,
             request_id=self.request_id,
+            key=rights_of(self._scope).key,
             first_byte=self._first_byte,
             waited=self.waited,
             prompt_tokens=_number(_PROMPT, self._usage),

@@ -6,11 +6,17 @@ import asyncio
 import json
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
+from lorakit.errors import NotFound
+from lorakit.server.access.rights import Rights, rights_of
 from lorakit.server.engines.engine import Engine
+from lorakit.server.requests.answers import error_response
 from lorakit.server.requests.naming import named_answer
 
 PATH = "/v1/responses"
@@ -21,12 +27,34 @@ _LOOK = 0.25  # seconds between two looks at an answer that is still made
 _UNDERWAY = ("queued", "in_progress")
 
 
-class StoredResponses:
-    """Which revision each answer is of; those made in the background hold their revision until they are complete."""
+Spend = Callable[[str, int], None]  # a key's id, and tokens
 
-    def __init__(self, engine: Engine) -> None:
+
+class NoResponse(NotFound):
+    """There is no such answer, or it is another's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Which revision it is of, as clients and as the engine know it, and whose key asked for it."""
+
+    name: str
+    engine_name: str
+    key: str
+
+
+def is_of_stored(path: str) -> bool:
+    """Whether a path is of an answer that was given."""
+    return path.startswith(f"{PATH}/") and path != f"{PATH}/render"
+
+
+class StoredResponses:
+    """Which revision each answer is of, and whose; those made in the background hold their revision to their end."""
+
+    def __init__(self, engine: Engine, spend: Spend) -> None:
         self._engine = engine
-        self._names: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        self._spend = spend
+        self._answers: OrderedDict[str, _Answer] = OrderedDict()
         self._held: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -34,16 +62,16 @@ class StoredResponses:
             task.cancel()
         await asyncio.gather(*self._held, return_exceptions=True)
 
-    def listening(self, send: Send, name: str, engine_name: str) -> tuple[Send, list[str]]:
+    def listening(self, send: Send, name: str, engine_name: str, key: str) -> tuple[Send, list[str]]:
         """Passes an answer on, and gives its id as soon as it has said it."""
         found: list[str] = []
 
         async def listened(message: Message) -> None:
             if not found and (match := _ID.search(message.get("body", b"")[:_HEAD])):
                 found.append(match[1].decode())
-                self._names[found[0]] = (name, engine_name)
-                if len(self._names) > _REMEMBERED:
-                    self._names.popitem(last=False)
+                self._answers[found[0]] = _Answer(name, engine_name, key)
+                if len(self._answers) > _REMEMBERED:
+                    self._answers.popitem(last=False)
             await send(message)
 
         return listened, found
@@ -53,8 +81,10 @@ class StoredResponses:
 
         async def until_complete() -> None:
             with leaving:
-                while await self._status(id) in _UNDERWAY:  # noqa: ASYNC110 - the engine has no event for it
+                while (said := await self._said(id)).get("status") in _UNDERWAY:  # noqa: ASYNC110 - there is no event
                     await asyncio.sleep(_LOOK)
+            if (known := self._answers.get(id)) is not None:
+                self._spend(known.key, _tokens_in(said))
 
         task = asyncio.create_task(until_complete())
         self._held.add(task)
@@ -62,13 +92,35 @@ class StoredResponses:
 
     async def answer(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
         """A question about an earlier answer; what its revision was is said where that is still known."""
-        known = self._names.get(path.removeprefix(f"{PATH}/").partition("/")[0])
-        await self._engine.answer(scope, receive, named_answer(send, *known) if known else send)
+        id = path.removeprefix(f"{PATH}/").partition("/")[0]
+        try:
+            self.refuse_others(id, rights_of(scope))
+        except NoResponse as error:
+            await error_response(404, "NotFoundError", str(error))(scope, receive, send)
+            return
+        known = self._answers.get(id)
+        named = named_answer(send, known.name, known.engine_name) if known else send
+        await self._engine.answer(scope, receive, named)
 
-    async def _status(self, id: str) -> str:
+    def refuse_others(self, id: Any, rights: Rights) -> None:
+        """Raises NoResponse where an answer was not asked for with this key, or nobody knows any more by whom."""
+        if id is None or rights.is_whole:
+            return
+        known = self._answers.get(str(id))
+        if known is None or known.key != rights.key:
+            raise NoResponse(f"there is no response '{id}'")
+
+    async def _said(self, id: str) -> dict[str, Any]:
+        """What the engine says of an answer; nothing where it does not know it any more."""
         _, body = await self._engine.call("GET", f"{PATH}/{id}", None)
         try:
-            status = json.loads(body)["status"]
-        except (ValueError, LookupError, TypeError):
-            return ""
-        return str(status)
+            said = json.loads(body)
+        except ValueError:
+            return {}
+        return said if isinstance(said, dict) else {}
+
+
+def _tokens_in(said: dict[str, Any]) -> int:
+    usage = said.get("usage")
+    found = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return found if isinstance(found, int) else 0

@@ -13,6 +13,8 @@ from typing import Any
 
 from lorakit.server.sight.logs import log
 
+STILL = 15.0  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -48,17 +50,28 @@ class Events:
         for listener in self.listeners:
             listener(event)
 
-    async def since(self, number: int) -> AsyncIterator[Event | None]:
-        """Events after `number`, for ever; None every 15 s in which nothing happens. A number that is still to come is
-        of an engine that has ended: then it is all that are kept."""
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        return tuple(self._kept)
+
+    async def since(
+        self, number: int, is_wanted: Callable[[Event], bool] = lambda event: True
+    ) -> AsyncIterator[Event | None]:
+        """Events after `number`, for ever; None every 15 s in which nothing happens that is wanted. A number that is
+        still to come is of an engine that has ended: then it is all that are kept."""
         number = 0 if number > self._count else number
+        clock = asyncio.get_running_loop().time
+        still = clock() + STILL
         while True:
             waiting = self._more
             for event in [event for event in self._kept if event.number > number]:
                 number = event.number
-                yield event
+                if is_wanted(event):
+                    yield event
+                    still = clock() + STILL
             try:
-                async with asyncio.timeout(15):
+                async with asyncio.timeout_at(still):
                     await waiting.wait()
             except TimeoutError:
                 yield None
+                still = clock() + STILL

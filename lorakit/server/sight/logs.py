@@ -149,5 +149,6 @@ def log_answered(answer: Answered) -> None:
             "status": answer.status, "path": answer.path, "model": model, "revision": name,
             "seconds": round(answer.seconds, 6), "first_byte": first_byte, "waited": round(answer.waited, 6),
             "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens,
+            "key": answer.key or None,
         }},
     )  # fmt: skip

@@ -22,6 +22,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.errors import EngineFailed
+from lorakit.server.certificate import Certificate
 from lorakit.server.engines.canary import Canary
 from lorakit.server.requests.answers import unavailable
 from lorakit.server.settings import Settings
@@ -43,10 +44,12 @@ class QuietServer(uvicorn.Server):
         yield
 
 
-def public_server(app: ASGIApp, drain: float) -> QuietServer:
-    """Serve `app` over a socket that is there, without a lifespan of its own."""
+def public_server(app: ASGIApp, drain: float, certificate: Certificate | None = None) -> QuietServer:
+    """Serve `app` over a socket that is there, without a lifespan of its own; over https with a certificate."""
     config = uvicorn.Config(
         app,
+        ssl_certfile=(certificate and certificate.file) or None,
+        ssl_keyfile=(certificate and certificate.key) or None,
         interface="asgi3",
         lifespan="off",
         log_config=None,
@@ -115,7 +118,7 @@ class Supervised:
     async def run(self, app: ASGIApp, gateway: Gateway) -> None:
         """Take the public socket over, serve on it, and end with the supervisor or when it says so."""
         public = Public(app)
-        server = public_server(public, self._settings.drain)
+        server = public_server(public, self._settings.drain, self._settings.certificate)
         serving: asyncio.Task[None] | None = None
         telling = asyncio.create_task(self._tell(gateway, public))
         try:

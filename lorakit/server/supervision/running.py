@@ -29,7 +29,7 @@ def run_engine(
         EngineFailed: the engine does not start.
     """
     if takeover:
-        taken = take_over(settings.store_home, base, _url(host, port))
+        taken = take_over(settings.store_home, base, _url(settings, host, port))
         public, end = taken.public, taken.end
         if reason := no_room_beside(taken.members):
             end.close()
@@ -40,12 +40,12 @@ def run_engine(
     with closing(public):
         with open_store(settings.store_home, base) as store:  # one that can't be used is said before vLLM is started
             may_write = store.unwritable is None
-        url = _url(host, public.getsockname()[1])
+        url = _url(settings, host, public.getsockname()[1])
         with serving(settings.store_home, base, url) if may_write else nullcontext() as file:
             print(own_line(f"{what}, on {url}", settings.log_format), file=sys.stderr, flush=True)
             supervisor = Supervisor(
                 public, start, phase_of=vllm.phase_of, times=_times(settings), log_format=settings.log_format,
-                way_in=file.with_suffix(SUFFIX) if file else None, taken=end,
+                way_in=file.with_suffix(SUFFIX) if file else None, taken=end, certificate=settings.certificate,
             )  # fmt: skip
             asyncio.run(supervisor.run())
     return supervisor.exit_code
@@ -61,7 +61,7 @@ def run_in_front(url: str, settings: Settings, *, base_path: str, max_rank: int,
     from lorakit.server.engines.front import serve_in_front
 
     with closing(listen(host, port)) as public:
-        where = _url(host, public.getsockname()[1])
+        where = _url(settings, host, public.getsockname()[1])
         print(own_line(f"the engine at {url}, on {where}", settings.log_format), file=sys.stderr, flush=True)
         return asyncio.run(serve_in_front(url, public, settings, base_path=base_path, max_rank=max_rank))
 
@@ -71,5 +71,5 @@ def _times(settings: Settings) -> Times:
     return Times(drain=settings.drain, silent=settings.silent_limit, hung=limit, start=settings.start_limit)
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def _url(settings: Settings, host: str, port: int) -> str:
+    return f"{settings.certificate.scheme}://{f'[{host}]' if ':' in host else host}:{port}"

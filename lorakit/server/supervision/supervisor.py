@@ -25,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from lorakit.errors import Conflict, EngineFailed, UsageError
 from lorakit.files.folders import temporary_folder
+from lorakit.server.certificate import Certificate
 from lorakit.server.requests.answers import unavailable
 from lorakit.server.sight.logs import LogFormat, own_line
 from lorakit.server.sight.request_id import identified
@@ -89,11 +90,13 @@ class Supervisor:
     def __init__(
         self, public: socket.socket, command: Command, *, phase_of: PhaseOf, times: Times,
         log_format: LogFormat = "text", way_in: Path | None = None, taken: socket.socket | None = None,
+        certificate: Certificate | None = None,
     ) -> None:  # fmt: skip
         self._public = public
         self._command = command
         self._phase_of = phase_of
         self._times = times
+        self._certificate = certificate
         self._log_format = log_format
         self._way_in = way_in
         self._taken = Line(taken) if taken is not None else None
@@ -309,7 +312,7 @@ class Supervisor:
     async def _answer_here(self) -> None:
         """Accept on the public address and say 503."""
         if self._answering is None:
-            self._server = public_server(self._unavailable, drain=1)
+            self._server = public_server(self._unavailable, 1, self._certificate)
             self._answering = asyncio.create_task(self._server.serve(sockets=[self._public.dup()]))
 
     async def _leave_to_engine(self) -> None:

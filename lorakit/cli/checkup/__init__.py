@@ -1,0 +1,1 @@
+"""What this machine can and cannot do: one function a check, of data that somebody looked up."""

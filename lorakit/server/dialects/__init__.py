@@ -1,0 +1,1 @@
+"""Other servers' APIs, answered by this one's: what a client was written for goes on to work."""
