@@ -168,7 +168,7 @@ async def test_whatever_happens_at_once_each_answer_is_wholly_of_the_revision_th
         ends.set()
         await asyncio.gather(*clients)
         await served.reconciler.step()
-        await asyncio.gather(*served.reconciler._leaving)
+        await asyncio.gather(*served.reconciler._leaving._under_way)
         assert statuses.keys() <= {200, 404}
         assert statuses[200] > 50
         assert not served.reconciler.residency.waiting

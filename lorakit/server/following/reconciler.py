@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lorakit.checkpoints.finished import look_at
 from lorakit.checkpoints.runs import candidates_of
@@ -22,8 +21,9 @@ from lorakit.server.following.arrivals import Arrivals
 from lorakit.server.following.changes import Changes
 from lorakit.server.following.guard import Guard
 from lorakit.server.following.intake import why_never_served
+from lorakit.server.following.leaving import Leaving
 from lorakit.server.following.residency import NoSlot
-from lorakit.server.following.retention import going, retention_of
+from lorakit.server.following.retention import retention_of
 from lorakit.server.following.rules import finished_between
 from lorakit.server.following.served import Served, about
 from lorakit.server.following.smoke import read_smokes, what_fails
@@ -31,7 +31,7 @@ from lorakit.server.following.watcher import Sight
 from lorakit.server.settings import Settings
 from lorakit.store.catalog import Revision, Run, best, latest
 from lorakit.store.mixes import RUN as MIXES
-from lorakit.store.names import check_alias, check_name, parse_selector, split_model
+from lorakit.store.names import check_alias, check_name, parse_selector
 from lorakit.store.store import Store
 
 
@@ -44,7 +44,7 @@ class Reconciler(Served):
         self._changes = Changes()
         self._arrivals = Arrivals(self, base, self._changes)
         self._smokes = read_smokes(Path(settings.probe)) if settings.probe else ()
-        self._retention = retention_of(settings.keep_revisions, settings.retention)
+        self._leaving = Leaving(self, self._changes, retention_of(settings.keep_revisions, settings.retention))
         self._guard = Guard(self, self._go_back)
         self.observers.append(self._guard.observe)
         self._following: dict[str, asyncio.Task[None]] = {}
@@ -52,7 +52,7 @@ class Reconciler(Served):
         self._moved: dict[str, float] = {}  # when a run that is followed was last loaded
         self._troubles: dict[str, str] = {}  # what was told of a run that could not be brought to where it should be
         self._readying: asyncio.Task[None] | None = None
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._aside: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
 
     # the loop
@@ -79,10 +79,11 @@ class Reconciler(Served):
 
     async def close(self) -> None:
         """Let go of the store, when `run` has ended."""
-        tasks = [*self._leaving, *self._following.values(), *([self._readying] if self._readying else ())]
+        tasks = [*self._aside, *self._following.values(), *([self._readying] if self._readying else ())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._leaving.close()
         await self._guard.close()
         await self.residency.close()
         await self.mixes.close()
@@ -177,7 +178,7 @@ class Reconciler(Served):
             self._unsettled.discard(name)
             try:
                 await self._converge(run)
-                await self._let_go(run)
+                await self._leaving.let_go(run)
                 self._troubles.pop(name, None)
             except NoSlot:
                 self._unsettled.add(name)  # at the next look
@@ -276,63 +277,6 @@ class Reconciler(Served):
                 await self.move(run, "", before, f"automatic rollback: {reason}", passed_over=passed_over)
                 self._tell_held(revision, reason)
 
-    # retention
-
-    async def _let_go(self, run: Run) -> None:
-        """Remove what nothing keeps: from what requests find, then from the store, the engine and the disk."""
-        if self._retention is None:
-            return
-        async with self._changes.of(run.name):
-            if self.runs.get(run.name) is not run:
-                return
-            held = await self._held(run)
-            gone = [one for one in going(run, self._retention, held, time.time()) if not self.is_busy(one)]
-            if not gone:
-                return
-            finishes = run.finishes
-            for revision in gone:
-                del run.revisions[revision.id]
-            run.finishes = [finish for finish in finishes if finish.revision in run.revisions]
-            try:
-                removed, folders = await asyncio.to_thread(self.store.remove, [one.id for one in gone])
-            except BaseException:
-                run.revisions |= {one.id: one for one in gone}
-                run.finishes = finishes
-                raise
-            run.revisions |= {one.id: one for one in gone if one.id not in removed}
-            for revision in gone:
-                self.forget_state(revision)
-            names = ", ".join(one.name for one in gone if one.id in removed)
-            self.events.tell("removed", f"{names} left the store, as nothing keeps it", adapter=run.name)
-        self._aside(self._leave([one.name for one in gone], folders))
-
-    async def _held(self, run: Run) -> dict[int, str]:
-        """What stays whatever the policies say: what names mean, what a rollback would go to, what is in use."""
-        held = {revision.id: "an alias means it" for revision in self.targets(run)}
-        held |= dict.fromkeys(run.aliases.values(), "an alias points at it")
-        if (final := run.select("final")) is not None:
-            held[final.id] = "it is the run's last save"
-        if (before := await self.before(run)) is not None:
-            held[before.id] = "a rollback goes to it"
-        held |= {id: "it is in use" for id, revision in run.revisions.items() if self.is_busy(revision)}
-        return held | {id: "it is new" for id in run.revisions if id in self._unproven}
-
-    async def _leave(self, names: list[str], folders: list[Path]) -> None:
-        for name in names:  # again, if a request that had found it before still waited for it
-            while self.residency.find(name) is not None and not self._is_served(name):
-                await self.residency.leave(name)
-        for folder in folders:
-            await asyncio.to_thread(self.store.remove_folder, folder)
-
-    def _is_served(self, name: str) -> bool:
-        run = self.runs.get(split_model(name)[0])
-        return run is not None and any(revision.name == name for revision in run.revisions.values())
-
-    def _aside(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
-
     # administration
 
     async def load(self, name: str, folder: Path, *, shown: str = "") -> Revision:
@@ -390,7 +334,7 @@ class Reconciler(Served):
                 self.forget_state(revision)
             for of_run in (self._moved, self._troubles):
                 of_run.pop(name, None)
-        self._aside(self._leave([revision.name for revision in run.revisions.values()], folders))
+        self._leaving.begin([revision.name for revision in run.revisions.values()], folders)
 
     async def set_alias(self, name: str, alias: str, selector: str) -> Revision:
         """Point an alias at whatever names a revision; the default one (empty, or the name) then stays there.
@@ -440,7 +384,9 @@ class Reconciler(Served):
         if revision.id not in self._proven:
             await self.bring_in(revision, urgent=True)
         elif self.residency.find(revision.name) is None:
-            self._aside(self._bring_back(revision))
+            task = asyncio.create_task(self._bring_back(revision))
+            self._aside.add(task)
+            task.add_done_callback(self._aside.discard)
 
     async def _bring_back(self, revision: Revision) -> None:
         with contextlib.suppress(LoadFailed, NoSlot):

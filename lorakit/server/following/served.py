@@ -189,6 +189,10 @@ class Served:
         in_engine = revision.id in self._loading or (resident is not None and resident.busy)
         return in_engine or self.mixes.is_made_of(revision)
 
+    def is_new(self, revision: int) -> bool:
+        """Whether it was not yet tried out."""
+        return revision in self._unproven
+
     def forget_state(self, revision: Revision) -> None:
         """What was known of a revision that is served no more."""
         self._unproven.discard(revision.id)
