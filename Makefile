@@ -11,7 +11,7 @@ TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 
-.PHONY: help setup setup-trainers demo test test-all test-vllm lint format bench clean
+.PHONY: help setup setup-trainers demo docs test test-all test-vllm lint format bench clean
 
 help:
 	@echo 'make demo    train, merge, mix and serve tiny adapters on real vLLM, and watch it happen'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-vllm VLLM=0.28.0   what the tests say of vLLM, on another version of it (0.28.0 to 0.32.0)'
 	@echo 'make lint    ruff and mypy         make format     apply ruff'
 	@echo 'make bench   measure beside the peers'
+	@echo 'make docs    the documentation as a site: site/index.html'
 	@echo 'make setup   only the .venv        make clean      remove it and all that was built'
 	@echo 'make setup-trainers   what the tests run besides: trainers, and a bucket'
 
@@ -35,19 +36,32 @@ $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt requirements/dev.txt p
 	@touch $(STAMP)
 
 # Trainers, and a bucket, that the tests run as programs of their own, where nothing else sees them.
-setup-trainers: $(TRAINERS)
+setup-trainers: $(TRAINERS) $(VENV)/docs/.installed
 
-$(TRAINERS): requirements/trainers.txt requirements/deepspeed.txt requirements/services.txt | $(STAMP)
+$(TRAINERS): requirements/trainers.txt requirements/deepspeed.txt requirements/services.txt \
+		requirements/lorax-client.txt requirements/schemathesis.txt | $(STAMP)
 	@echo 'Setting up the trainers that the tests run (400 MB, a minute) ...'
-	@rm -rf $(VENV)/trainers $(VENV)/deepspeed $(VENV)/services
+	@rm -rf $(VENV)/trainers $(VENV)/deepspeed $(VENV)/services $(VENV)/lorax-client $(VENV)/schemathesis
 	@$(PIP) --target $(VENV)/trainers -r requirements/trainers.txt
 	@$(PIP) --target $(VENV)/services -r requirements/services.txt
+	@$(PIP) --target $(VENV)/lorax-client -r requirements/lorax-client.txt
+	@$(PIP) --target $(VENV)/schemathesis -r requirements/schemathesis.txt
 	@$(PIP) --no-build-isolation --target $(VENV)/deepspeed -r requirements/deepspeed.txt || \
 		{ rm -rf $(VENV)/deepspeed; echo 'DeepSpeed could not be built here: its tests will be skipped' >&2; }
 	@touch $(TRAINERS)
 
 demo: setup
 	@$(OFFLINE) $(PY) examples/demo.py
+
+# The site, of docs/ and of what the code says of itself.
+docs: setup $(VENV)/docs/.installed
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR)/$(VENV)/docs $(PY) -m mkdocs build
+	@echo 'site/index.html'
+
+$(VENV)/docs/.installed: requirements/docs.txt | $(STAMP)
+	@rm -rf $(@D)
+	@$(PIP) --target $(@D) -r $<
+	@touch $@
 
 test: setup setup-trainers
 	@$(OFFLINE) $(PY) -m pytest $(TWO) -m 'not slow'
@@ -80,5 +94,5 @@ bench: setup
 	@for program in benchmarks/*.py; do echo "== $$program"; $(OFFLINE) $(PY) $$program || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lorakit tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
