@@ -331,7 +331,7 @@ def test_a_capture_that_is_killed_while_its_trainer_rotates_loses_nothing_that_i
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path) -> None:
     source, out = template(tmp_path), tmp_path / "out"
     with small_disk_at(tmp_path / "small", 400) as home:
-        ended = captured(home, "--dir", str(out), "--", *writer(source, steps=60, pause=0.01, limit=2))
+        ended = captured(home, "--dir", str(out), "--", *writer(source, steps=60, pause=0.05, limit=2))
         assert ended.returncode == 0
         assert "no space left" in ended.stderr or "is full" in ended.stderr
         assert "could not keep checkpoint-" in ended.stderr
