@@ -398,6 +398,7 @@ def test_a_client_that_leaves_ends_its_answer_in_the_engine(world: World, client
     assert answers * tokens <= generated() - before < 2 * answers * tokens
 
 
+@pytest.mark.slow
 def test_in_one_slot_two_runs_and_the_base_take_turns_and_a_new_checkpoint_gets_its_own(
     world: World, tmp_path: Path
 ) -> None:
