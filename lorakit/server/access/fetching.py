@@ -70,12 +70,30 @@ def is_address(source: str) -> bool:
     return source.lstrip().lower().startswith(("https:", "http:"))
 
 
+class Places:
+    """Folders for what is fetched, few at once, each gone at the end of its block."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._folder = settings.store_home / "tmp"
+        self._turns = asyncio.Semaphore(AT_ONCE)
+
+    @asynccontextmanager
+    async def new(self) -> AsyncIterator[Path]:
+        async with self._turns:
+            with ExitStack() as leaving:
+                place = await asyncio.to_thread(leaving.enter_context, temporary_folder(self._folder, "source-"))
+                try:
+                    yield place
+                finally:
+                    await asyncio.to_thread(leaving.close)  # gigabytes take a while to go
+
+
 class Fetching:
     """Fetches for those who ask a server, few at once."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._places = Places(settings)
 
     @asynccontextmanager
     async def fetched(self, source: str) -> AsyncIterator[Path]:
@@ -87,14 +105,8 @@ class Fetching:
             NotFetched: it did not come.
         """
         host, address = allowed(source, self._settings.allow_hosts)
-        async with self._turns:
-            with ExitStack() as leaving:
-                new = temporary_folder(self._settings.store_home / "tmp", "source-")
-                place = await asyncio.to_thread(leaving.enter_context, new)
-                try:
-                    yield await asyncio.to_thread(_fetch, self._settings, host, address, place)
-                finally:
-                    await asyncio.to_thread(leaving.close)  # gigabytes take a while to go
+        async with self._places.new() as place:
+            yield await asyncio.to_thread(_fetch, self._settings, host, address, place)
 
 
 def allowed(source: str, hosts: Collection[str]) -> tuple[Host, Address]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Collection
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from lorakit.checkpoints.moving.addresses import Address, parse_address
@@ -14,10 +14,9 @@ from lorakit.checkpoints.moving.download import Patience
 from lorakit.checkpoints.moving.fetching import fetch
 from lorakit.errors import Refused, UsageError
 from lorakit.files.archives import Limits
-from lorakit.files.folders import temporary_folder
+from lorakit.server.access.fetching import Places
 from lorakit.server.settings import Settings
 
-AT_ONCE = 2  # fetches of one server
 PATIENCE = Patience(tries=3, timeout=20.0)
 
 
@@ -26,7 +25,7 @@ class Fetching:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._places = Places(settings)
 
     @asynccontextmanager
     async def fetched(self, address: Address) -> AsyncIterator[Path]:
@@ -36,14 +35,8 @@ class Fetching:
             Refused: it is larger, or takes longer, than it may.
             NotFound, LorakitError: as `fetch`.
         """
-        async with self._turns:
-            with ExitStack() as leaving:
-                new = temporary_folder(self._settings.store_home / "tmp", "source-")
-                place = await asyncio.to_thread(leaving.enter_context, new)
-                try:
-                    yield await asyncio.to_thread(_fetch, self._settings, address, place / "source")
-                finally:
-                    await asyncio.to_thread(leaving.close)  # gigabytes take a while to go
+        async with self._places.new() as place:
+            yield await asyncio.to_thread(_fetch, self._settings, address, place / "source")
 
 
 def allowed(source: str, id: str, addresses: Collection[str]) -> Address:
