@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from typing import Any
 
 from starlette.responses import Response
@@ -21,6 +20,7 @@ from lorakit.server.access.keyring import Keyring
 from lorakit.server.access.rights import NO_ADMIN, NONE, OPEN_TO_ALL, RIGHTS
 from lorakit.server.dialects.lorax.request import GENERATE
 from lorakit.server.engines.engine import Engine
+from lorakit.server.file_work import file_work
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.requests.answers import error_response, unavailable
 from lorakit.server.requests.asking import MODEL_ROUTES, Asking
@@ -117,13 +117,10 @@ class Gateway:
         from lorakit.store.store import Store
 
         log_to_stderr(settings.log_format)
-        # A busy event loop gives the interpreter away after 5 ms, and a thread that touches the disk asks for it after
-        # each call: at that rate a checkpoint would take seconds to come in.
-        sys.setswitchinterval(min(sys.getswitchinterval(), 0.0005))
         if wrong := await engine.try_out(engine.limits.base):  # the first request pays for what is compiled lazily
             raise EngineFailed(f"the base does not answer: {wrong}")
-        base = await asyncio.to_thread(read_base, engine.limits.base_path)
-        store = await asyncio.to_thread(Store, settings.store_home, base.identity, or_read=True)
+        base = await file_work(read_base, engine.limits.base_path)
+        store = await file_work(Store, settings.store_home, base.identity, or_read=True)
         reconciler = Reconciler(settings, engine, store, base)
         if store.unwritable is None:
             self._held.enter_context(serving(settings.store_home, base.identity))

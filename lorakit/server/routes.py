@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from lorakit.server.described import EVERYWHERE, errors, whole_description
 from lorakit.server.dialects.fine_tuning import fine_tuning_router
 from lorakit.server.dialects.lorax.routes import Lorax, lorax_router
 from lorakit.server.engines.engine import LoadFailed
+from lorakit.server.file_work import file_work
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.following.residency import NoSlot
 from lorakit.server.mixes.making import MixNotMade, MixRefused
@@ -189,9 +189,7 @@ async def add_adapter(request: Request, whole: Administered, new: NewAdapter) ->
         async with request.app.state.fetching.fetched(new.source) as folder:
             await whole.load(new.name, folder, shown=without_secrets(new.source))
     else:
-        await whole.load(
-            new.name, await asyncio.to_thread(permitted, whole.settings, new.source, rights_of(request.scope))
-        )
+        await whole.load(new.name, await file_work(permitted, whole.settings, new.source, rights_of(request.scope)))
     return adapter_view(whole, new.name)
 
 
@@ -236,8 +234,8 @@ async def load_lora_adapter(request: Request, whole: Administered, asked: LoadRe
     if not name or not path:
         return error_response(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
     rights_of(request.scope).refuse_name(name)
-    folder = await asyncio.to_thread(permitted, whole.settings, path, rights_of(request.scope))
-    if not await asyncio.to_thread(folder.is_dir):
+    folder = await file_work(permitted, whole.settings, path, rights_of(request.scope))
+    if not await file_work(folder.is_dir):
         return error_response(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for {path}")
     await whole.load(name, folder)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")

@@ -17,6 +17,7 @@ from starlette.types import Scope
 
 from lorakit.errors import LorakitError
 from lorakit.server.access.rights import ALL, Rights
+from lorakit.server.file_work import file_work
 from lorakit.server.requests.answered import Answered
 from lorakit.server.requests.exchange import header
 from lorakit.server.requests.limits import Bucket, TooMany
@@ -49,7 +50,7 @@ class Keyring:
     @classmethod
     async def opened(cls, home: Path, own: str) -> Keyring:
         """Raises LorakitError when the store can't be used."""
-        keyring = cls(await asyncio.to_thread(KeyStore, home), own)
+        keyring = cls(await file_work(KeyStore, home), own)
         await keyring.look()
         return keyring
 
@@ -73,16 +74,16 @@ class Keyring:
     async def close(self) -> None:
         with contextlib.suppress(LorakitError):
             await self.note()
-        await asyncio.to_thread(self._store.close)
+        await file_work(self._store.close)
 
     # what the store has
 
     async def look(self) -> None:
         """Know what the store knows."""
-        changes = await asyncio.to_thread(self._store.changes)
+        changes = await file_work(self._store.changes)
         if changes != self._seen or self._day != _today():
             day = _today()
-            keys, spent = await asyncio.to_thread(lambda: (self._store.all(), self._store.tokens_on(day)))
+            keys, spent = await file_work(lambda: (self._store.all(), self._store.tokens_on(day)))
             self._take(keys)
             self._spent, self._day = Counter(spent), day
             self._seen = changes
@@ -101,7 +102,7 @@ class Keyring:
         used, tokens = self._used, self._unnoted
         self._used, self._unnoted = {}, Counter()
         try:
-            await asyncio.to_thread(self._store.note, used, tokens)
+            await file_work(self._store.note, used, tokens)
         except LorakitError:
             self._used = used | self._used
             self._unnoted.update(tokens)

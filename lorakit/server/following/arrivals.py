@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -11,6 +10,7 @@ from pathlib import Path
 from lorakit.checkpoints.runs import Candidate
 from lorakit.errors import Incomplete, LorakitError, Refused
 from lorakit.merge.base import BaseModel
+from lorakit.server.file_work import file_work
 from lorakit.server.following.changes import Changes
 from lorakit.server.following.intake import take_in, why_never_served
 from lorakit.server.following.served import Served, Waiting, about
@@ -36,7 +36,7 @@ class Arrivals:
 
     async def look(self) -> list[Sight]:
         """What is new since it was settled; what is said of folders that are gone is forgotten."""
-        sights = await asyncio.to_thread(self.watcher.scan)
+        sights = await file_work(self.watcher.scan)
         self._drop_vanished()
         return sights
 
@@ -81,7 +81,7 @@ class Arrivals:
 
     async def _take(self, sight: Sight) -> None:
         candidate, look = sight.candidate, sight.look
-        known = await asyncio.to_thread(self._known.store.source, candidate.run, str(candidate.folder))
+        known = await file_work(self._known.store.source, candidate.run, str(candidate.folder))
         served = candidate.run in self._known.runs or candidate.run not in self._known.settings.adapters
         if known and known.signature == look.signature and served:
             self.watcher.settle(sight)
@@ -106,7 +106,7 @@ class Arrivals:
         """
         candidate, known = sight.candidate, self._known
         seconds = {} if sight.early else {"detect": max(0.0, time.time() - sight.written)}
-        taken = await asyncio.to_thread(
+        taken = await file_work(
             take_in, known.store, self._base, sight.look, run=candidate.run, kind=candidate.kind, step=candidate.step,
             max_rank=known.engine.limits.max_rank, finished=finished, late=late, shown=shown,
         )  # fmt: skip

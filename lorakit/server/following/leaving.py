@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorakit.checkpoints.retention import Retention
+from lorakit.server.file_work import file_work
 from lorakit.server.following.changes import Changes
 from lorakit.server.following.retention import going
 from lorakit.server.following.served import Served
@@ -42,7 +43,7 @@ class Leaving:
             while known.residency.find(name) is not None and not self._is_served(name):
                 await known.residency.leave(name)
         for folder in folders:
-            await asyncio.to_thread(known.store.remove_folder, folder)
+            await file_work(known.store.remove_folder, folder)
 
     def _is_served(self, name: str) -> bool:
         run = self._known.runs.get(split_model(name)[0])
@@ -65,7 +66,7 @@ class Leaving:
                 del run.revisions[revision.id]
             run.finishes = [finish for finish in finishes if finish.revision in run.revisions]
             try:
-                removed, folders = await asyncio.to_thread(known.store.remove, [one.id for one in gone])
+                removed, folders = await file_work(known.store.remove, [one.id for one in gone])
             except BaseException:
                 run.revisions |= {one.id: one for one in gone}
                 run.finishes = finishes

@@ -17,6 +17,7 @@ from lorakit.checkpoints.runs import candidates_of
 from lorakit.errors import Incomplete, LorakitError, NotFound, Refused
 from lorakit.merge.base import BaseModel
 from lorakit.server.engines.engine import Engine, LoadFailed
+from lorakit.server.file_work import file_work
 from lorakit.server.following.arrivals import Arrivals
 from lorakit.server.following.changes import Changes
 from lorakit.server.following.guard import Guard
@@ -59,9 +60,9 @@ class Reconciler(Served):
 
     async def recall(self) -> None:
         """Know again what was served before: requests for it are answered from now on, loaded as they ask."""
-        await asyncio.to_thread(self.store.remove_unknown)
-        self.runs = await asyncio.to_thread(self.store.runs)
-        self.passed_over = await asyncio.to_thread(self.store.passed_over)
+        await file_work(self.store.remove_unknown)
+        self.runs = await file_work(self.store.runs)
+        self.passed_over = await file_work(self.store.passed_over)
         await self.mixes.recall(self.runs.pop(MIXES, Run(MIXES)), self.base.folder, self._changes)
         self._unsettled |= self.runs.keys()
 
@@ -87,7 +88,7 @@ class Reconciler(Served):
         await self._guard.close()
         await self.residency.close()
         await self.mixes.close()
-        await asyncio.to_thread(self.store.close)
+        await file_work(self.store.close)
 
     async def run(self) -> None:
         """Look and converge for ever."""
@@ -110,7 +111,7 @@ class Reconciler(Served):
         """Look sooner when the file system says that something changed; polling goes on whatever happens here."""
         from watchfiles import awatch
 
-        folders = await asyncio.to_thread(self._folders)
+        folders = await file_work(self._folders)
         with contextlib.suppress(OSError):  # no inotify here, or no more of it
             async for _ in awatch(*folders, debounce=50, step=20, ignore_permission_denied=True):
                 self._wake.set()
@@ -303,12 +304,12 @@ class Reconciler(Served):
 
     async def _taken_in(self, name: str, folder: Path, shown: str) -> Revision:
         try:
-            candidates = await asyncio.to_thread(candidates_of, folder, name)
+            candidates = await file_work(candidates_of, folder, name)
         except OSError:
             raise NotFound(f"there is no folder '{folder}'") from None
         revision = None
         for candidate in candidates:
-            look = await asyncio.to_thread(look_at, candidate.folder)
+            look = await file_work(look_at, candidate.folder)
             never = why_never_served(look)
             if never or look.state == "incomplete":
                 if len(candidates) > 1:
@@ -327,7 +328,7 @@ class Reconciler(Served):
         """
         async with self._changes.of(name):
             run = self.run_named(name)
-            folders = await asyncio.to_thread(self.store.forget, name)
+            folders = await file_work(self.store.forget, name)
             del self.runs[name]
             self.events.tell("gone", f"{name} is no longer served", adapter=name)
             for revision in run.revisions.values():

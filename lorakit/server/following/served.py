@@ -5,7 +5,6 @@ Its state changes on the event loop alone, so what a request sees between two of
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from lorakit.checkpoints.runs import Candidate
 from lorakit.errors import NotFound
 from lorakit.server.engines.engine import Engine, LoadFailed
+from lorakit.server.file_work import file_work
 from lorakit.server.following.residency import NoSlot, Residency
 from lorakit.server.following.rules import followed, why_not
 from lorakit.server.following.watcher import Place
@@ -207,7 +207,7 @@ class Served:
         passed_over: Mapping[int, str] | None = None,
     ) -> None:  # fmt: skip
         """Point an alias at a revision, for the next request on; the rest as in the store."""
-        await asyncio.to_thread(
+        await file_work(
             self.store.move_alias, run.name, alias, revision.id, why, pinned=pinned, passed_over=passed_over
         )
         run.aliases[alias] = revision.id
@@ -225,7 +225,7 @@ class Served:
 
     async def before(self, run: Run) -> Revision | None:
         """What the default alias pointed at before, if that can be served."""
-        before = await asyncio.to_thread(self.store.previous, run.name, "")
+        before = await file_work(self.store.previous, run.name, "")
         return self.possible(run).get(before) if before is not None else None
 
     def run_named(self, name: str) -> Run:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import Conflict, LorakitError, NotFound, Refused
+from lorakit.server.file_work import file_work
 from lorakit.server.following.changes import Changes
 from lorakit.server.mixes.making import MixNotMade, MixRefused, Recipe, write_mix
 from lorakit.server.mixes.text import OPENS, MixText, parse_mix
@@ -71,15 +72,15 @@ class Mixes:
 
     async def recall(self, run: Run, base: Path, changes: Changes) -> None:
         """Know again what was made and named before; `run` is what the store has of it, `base` the base's folder."""
-        await asyncio.to_thread(import_module, "lorakit.mix.mix")  # or the first request for a mix waits for that
-        store = self._store = await asyncio.to_thread(MixStore, self._known.store.home, self._known.store.base)
+        await file_work(import_module, "lorakit.mix.mix")  # or the first request for a mix waits for that
+        store = self._store = await file_work(MixStore, self._known.store.home, self._known.store.base)
         self._run, self._base, self._changes = run, base, changes
-        for found in await asyncio.to_thread(store.recorded):
+        for found in await file_work(store.recorded):
             if found.revision in run.revisions:
                 self._by_recipe[found.recipe] = found.revision
                 self._errors[found.revision] = found.error
                 self._used[found.revision] = None
-        for named in await asyncio.to_thread(store.names):
+        for named in await file_work(store.names):
             with contextlib.suppress(Refused):  # written by a lorakit that knew other methods
                 if named.name in run.aliases:
                     self.names[named.name] = Follower(named, parse_mix(named.mix))
@@ -93,7 +94,7 @@ class Mixes:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._store is not None:
-            await asyncio.to_thread(self._store.close)
+            await file_work(self._store.close)
 
     @property
     def store(self) -> MixStore:
@@ -224,7 +225,7 @@ class Mixes:
         state, reason = self._known.state_of(revision)
         if state != "refused":
             return False
-        if await asyncio.to_thread(self.store.is_there, revision):
+        if await file_work(self.store.is_there, revision):
             raise MixRefused(f"{revision.source} is refused by the engine: {reason}")
         self._drop(revision)
         return True
@@ -233,10 +234,10 @@ class Mixes:
         begun = time.monotonic()
         try:
             async with self._at_once:
-                revision, lost = await asyncio.to_thread(self._written, recipe)
+                revision, lost = await file_work(self._written, recipe)
                 while leaving := self._clearing.get(revision.id):  # the same content was on its way out
                     await asyncio.wait([leaving])
-                    revision, lost = await asyncio.to_thread(self._written, recipe)
+                    revision, lost = await file_work(self._written, recipe)
         except MixRefused as refused:
             self._refused[recipe.key] = str(refused)
             while len(self._refused) > MOST_REFUSALS:
@@ -290,9 +291,9 @@ class Mixes:
 
     async def _leave(self, revision: Revision) -> None:
         try:
-            await asyncio.to_thread(self.store.forget, revision)
+            await file_work(self.store.forget, revision)
             await self._known.residency.leave(revision.name)
-            await asyncio.to_thread(self.store.remove_folder, revision.folder)
+            await file_work(self.store.remove_folder, revision.folder)
         except (LorakitError, OSError) as error:  # the next start clears it away
             self._known.events.tell("failed", f"{revision.name} is not served any more, but its files stay: {error}")
         finally:
@@ -340,7 +341,7 @@ class Mixes:
         async with self._changes.of(name):
             if name not in self.names:
                 raise NotFound(f"there is no mix of the name '{name}': GET /v1/mixes lists them")
-            await asyncio.to_thread(self.store.unname, name)
+            await file_work(self.store.unname, name)
             forgotten = self.names.pop(name)
             del self._run.aliases[name]
             self._known.events.tell("gone", f"{name} is no longer served", adapter=name, mix=forgotten.named.mix)
@@ -391,7 +392,7 @@ class Mixes:
             raise MixNotMade(f"{revision.source} made room for others before it had the name '{named.name}': try again")
         self._claimed.add(revision.id)
         try:
-            await asyncio.to_thread(self.store.name, named, revision.id, why)
+            await file_work(self.store.name, named, revision.id, why)
         finally:
             self._claimed.discard(revision.id)
         self._run.aliases[named.name] = revision.id

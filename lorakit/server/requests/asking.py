@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -267,15 +268,24 @@ def _or_unavailable(engine: Engine, send: Send) -> Send:
     """Says 503 in place of the 500 of an engine that ended meanwhile: to ask again is right."""
     ended = False
 
-    async def sent(message: Message) -> None:
+    async def failed(message: Message) -> None:
         nonlocal ended
-        if message["type"] == "http.response.start" and message["status"] >= 500 and not await engine.alive():
-            ended = True
-            await unavailable("the engine ended while it answered")({"type": "http"}, _nothing, send)
-        elif not ended:
+        if await engine.alive():
             await send(message)
+            return
+        ended = True
+        await unavailable("the engine ended while it answered")({"type": "http"}, _nothing, send)
+
+    def sent(message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start" and message["status"] >= 500:
+            return failed(message)
+        return _dropped() if ended else send(message)
 
     return sent
+
+
+async def _dropped() -> None:
+    """What is left of an answer that another took the place of."""
 
 
 async def _nothing() -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Awaitable
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -54,7 +55,7 @@ class Exchange:
             self._left = True
         return message
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             self.started = True
             self._status = message["status"]
@@ -62,7 +63,7 @@ class Exchange:
             self.streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
         elif message["type"] == "http.response.body":
             self._note(message.get("body", b""), ends=not message.get("more_body", False))
-        await self._send(message)
+        return self._send(message)
 
     def hide_usage(self) -> None:
         """Keep from the client what a stream says that it used: it did not ask."""

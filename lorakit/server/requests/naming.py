@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from starlette.types import Message, Send
 
 REVISION_HEADER = b"x-lorakit-revision"
@@ -12,10 +14,10 @@ def named_answer(send: Send, name: str, engine_name: str) -> Send:
     """Adds the header; where the engine knows the revision by another name, puts the right one into the body."""
     if name == engine_name:
 
-        async def passed_through(message: Message) -> None:
+        def passed_through(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 message = _with_header(message, REVISION_HEADER, name)
-            await send(message)
+            return send(message)
 
         return passed_through
     renaming = _Renaming(f'"model":"{engine_name}"'.encode(), f'"model":"{name}"'.encode())

@@ -5,7 +5,6 @@ In a revision's folder they are files; where they are the base's own, there are 
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from lorakit.errors import Refused
 from lorakit.files.folders import read_json
+from lorakit.server.file_work import file_work
 from lorakit.store.catalog import Revision
 
 DEFAULT = "default"
@@ -86,7 +86,7 @@ class OwnTemplates:
         """The template for a chat with a revision, with tools or without; None for the base's."""
         found = self._known.get(revision.digest)
         if found is None:
-            found = self._known[revision.digest] = await asyncio.to_thread(_stored, revision.folder)
+            found = self._known[revision.digest] = await file_work(_stored, revision.folder)
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         return found.get(TOOL_USE if tools and TOOL_USE in found else DEFAULT)

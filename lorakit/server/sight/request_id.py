@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Awaitable
 from contextvars import ContextVar
 
 from starlette.types import Message, Scope, Send
@@ -26,10 +27,10 @@ def identified(scope: Scope, send: Send) -> tuple[Scope, Send]:
     current_request.set(value.decode())
     headers = [(name, other) for name, other in scope["headers"] if name != HEADER]
 
-    async def carrying(message: Message) -> None:
+    def carrying(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             others = [(name, other) for name, other in message.get("headers", ()) if name.lower() != HEADER]
             message = {**message, "headers": [*others, (HEADER, value)]}
-        await send(message)
+        return send(message)
 
     return {**scope, "headers": [*headers, (HEADER, value)]}, carrying

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -85,10 +85,10 @@ class Public:
         counted = scope["type"] == "http" and scope["path"] != "/v1/events"  # that one never ends
         self.in_flight += counted
 
-        async def last(message: Message) -> None:
+        def last(message: Message) -> Awaitable[None]:
             if self.leaving and message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, last)

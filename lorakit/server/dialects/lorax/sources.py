@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from lorakit.errors import NotFound, Refused
 from lorakit.server.access.rights import Forbidden, Rights
 from lorakit.server.dialects.lorax.fetched import Fetching, allowed
 from lorakit.server.dialects.lorax.request import MergedAdapters, Parameters
+from lorakit.server.file_work import file_work
 from lorakit.server.following.changes import Changes
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.following.residency import NoSlot
@@ -73,15 +73,15 @@ class Sources:
             if served is None and name not in known.runs:
                 self._refuse_load(rights, id, name)
             return served.name if served is not None else name
-        folder = await asyncio.to_thread(permitted, self._reconciler.settings, id, rights)
+        folder = await file_work(permitted, self._reconciler.settings, id, rights)
         served = served_from(known, str(folder))
         return served.name if served is not None else await self._loaded(known, name_of(str(folder)), folder, rights)
 
     async def _loaded(self, known: Served, name: str, folder: Path, rights: Rights) -> str:
         async with self._loads.of(name):
-            if name in known.runs and await asyncio.to_thread(self._is_unchanged, name, folder):
+            if name in known.runs and await file_work(self._is_unchanged, name, folder):
                 return name
-            if not await asyncio.to_thread((folder / "adapter_config.json").is_file):
+            if not await file_work((folder / "adapter_config.json").is_file):
                 raise NotFound(f"there is no adapter in '{folder}'")
             self._refuse_load(rights, str(folder), name)
             await self._reconciler.load(name, folder)
