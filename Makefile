@@ -11,27 +11,28 @@ TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 
-.PHONY: help setup setup-trainers demo docs test test-all test-vllm lint format bench clean
+.PHONY: help setup setup-trainers setup-browser demo docs test test-all test-vllm lint format bench clean
 
 help:
 	@echo 'make demo    train, merge, mix and serve tiny adapters on real vLLM, and watch it happen'
 	@echo 'make test    the test suite        make test-all   with the slow ones'
 	@echo 'make test-vllm VLLM=0.28.0   what the tests say of vLLM, on another version of it (0.28.0 to 0.32.0)'
-	@echo 'make lint    ruff and mypy         make format     apply ruff'
+	@echo 'make lint    ruff, mypy, and what is in serving/        make format   apply ruff'
 	@echo 'make bench   measure beside the peers'
 	@echo 'make docs    the documentation as a site: site/index.html'
 	@echo 'make setup   only the .venv        make clean      remove it and all that was built'
 	@echo 'make setup-trainers   what the tests run besides: trainers, and a bucket'
+	@echo 'make setup-browser    a Chromium for the tests of the page, from Debian'
 
 setup: $(STAMP)
 
-$(STAMP): requirements/torch-cpu.txt requirements/cpu.txt requirements/dev.txt pyproject.toml
+$(STAMP): requirements/torch-cpu.txt requirements/cpu.txt requirements/page.txt requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo 'lorakit needs Python 3.11 to 3.13; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
 	@echo 'Setting up .venv with the CPU stack (3.4 GB, some minutes) ...'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) -r requirements/torch-cpu.txt
-	@$(PIP) -r requirements/cpu.txt -r requirements/dev.txt
+	@$(PIP) -r requirements/cpu.txt -r requirements/page.txt -r requirements/dev.txt
 	@$(PIP) --no-build-isolation --editable .
 	@touch $(STAMP)
 
@@ -50,6 +51,16 @@ $(TRAINERS): requirements/trainers.txt requirements/deepspeed.txt requirements/s
 		{ rm -rf $(VENV)/deepspeed; echo 'DeepSpeed could not be built here: its tests will be skipped' >&2; }
 	@touch $(TRAINERS)
 
+# Where there is none, and none can be had, the tests of the page are skipped, and say so.
+setup-browser:
+	@for browser in chromium chromium-browser google-chrome; do command -v $$browser >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo 'No Chromium here, and only root can apt-get one: the tests of the page will be skipped' >&2; exit 0; \
+	fi; \
+	echo 'Installing Chromium for the tests of the page (120 MB) ...'; \
+	{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
+		>/dev/null 2>&1 || echo 'Chromium could not be installed: the tests of the page will be skipped' >&2
+
 demo: setup
 	@$(OFFLINE) $(PY) examples/demo.py
 
@@ -63,10 +74,10 @@ $(VENV)/docs/.installed: requirements/docs.txt | $(STAMP)
 	@$(PIP) --target $(@D) -r $<
 	@touch $@
 
-test: setup setup-trainers
+test: setup setup-trainers setup-browser
 	@$(OFFLINE) $(PY) -m pytest $(TWO) -m 'not slow'
 
-test-all: setup setup-trainers
+test-all: setup setup-trainers setup-browser
 	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest $(TWO)
 
 # One vLLM, laid over the stack: only what it wants otherwise than the stack's own is beside it.
@@ -85,6 +96,9 @@ lint: setup
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/hadolint serving/containers/*.Containerfile
+	@$(VENV)/bin/shellcheck serving/slurm/*.sbatch
+	@$(PY) -m tests.serving.chart
 
 format: setup
 	@$(VENV)/bin/ruff check --fix .

@@ -32,7 +32,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for w
 LONGEST = (
     "world", "tests/examples/test_examples.py", "tests/checkpoints/test_real_trainers.py",
     "tests/checkpoints/test_tensors.py", "tests/mix/test_real_vllm.py", "tests/convert/test_vllm_rows.py",
-    "tests/training/test_capture.py", "tests/server/test_supervisor.py",
+    "tests/training/test_capture.py", "tests/page/test_screens.py", "tests/server/test_supervisor.py",
 )  # fmt: skip
 
 pytest_plugins = ["tests.world", "tests.trainers.written"]

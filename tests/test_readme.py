@@ -19,6 +19,7 @@ from tests.cli.commands import lorakit
 from tests.folders import base_tensors, write_adapter, write_base
 from tests.hub import Hub
 from tests.readme import README, ROOT, blocks
+from tests.server.fake_vllm import FakeVllm, answering
 from tests.server.running import running
 
 # What has to have happened before a verb has something to do.
@@ -67,6 +68,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("runs/sql/checkpoint-500", "runs/chat"):
         write_adapter(tmp_path / name, base_model_name_or_path=str(base))
     finish(tmp_path / "runs/sql/checkpoint-500", [evaluated(500, 1.1)])
+    write_adapter(tmp_path / "runs/sql/checkpoint-600", base_model_name_or_path=str(base))
+    finish(tmp_path / "runs/sql/checkpoint-600", [evaluated(500, 1.1), evaluated(600, 1.2)])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -77,6 +80,13 @@ def server(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with running(workplace, workplace / "models" / "llama") as there:
         monkeypatch.setenv("LORAKIT_URL", there.url)
         yield
+
+
+@pytest.fixture
+def vllm(workplace: Path) -> Iterator[str]:
+    """What somebody else runs."""
+    with answering(FakeVllm(workplace / "models" / "llama")) as url:
+        yield url
 
 
 COMMANDS = [
@@ -99,9 +109,11 @@ def test_every_command_does_what_it_says(
     if command[1] == "fetch":
         web.put("sql.tar.gz", tarred(workplace / "runs" / "sql" / "checkpoint-500"))
         command = [web.url("sql.tar.gz") if part.startswith("https://") else part for part in command]
+    if command[1] == "sync":
+        command = [request.getfixturevalue("vllm") if part.startswith("http://") else part for part in command]
     if command[1:3] == ["key", "revoke"]:
         command = [*command[:3], json.loads(lorakit(capsys, "key", "create", "--adapters", "*", "--json").out)["id"]]
-    ended = lorakit(capsys, *command[1:], *(["--dry-run"] if command[1] == "serve" else []))
+    ended = lorakit(capsys, *command[1:], *(["--dry-run"] if command[1] in ("serve", "sync") else []))
     assert ended.code == 0, ended.err
     if "--out" in command:
         assert (workplace / command[command.index("--out") + 1]).exists()

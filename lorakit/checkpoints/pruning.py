@@ -364,6 +364,8 @@ def _aliases(run: Run) -> Iterator[tuple[str, Revision]]:
         revision = run.select(alias or None)
         if revision is not None:
             yield name, revision
+    for alias, revision in run.split_among():
+        yield f"{run.name}@{alias}" if alias else run.name, revision
 
 
 def _real(path: Path) -> str:

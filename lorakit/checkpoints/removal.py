@@ -118,7 +118,8 @@ def _refuse_pointed_at(path: Path, home: Path) -> None:
         with open_store(home, base) as store:
             runs = store.runs()
         for run in runs.values():
-            aliased = {id: f"'{run.name}@{alias}'" if alias else f"'{run.name}'" for alias, id in run.aliases.items()}
+            pointed_at = [*run.aliases.items(), *((alias, revision.id) for alias, revision in run.split_among())]
+            aliased = {id: f"'{run.name}@{alias}'" if alias else f"'{run.name}'" for alias, id in pointed_at}
             for id, revision in run.revisions.items():
                 if not revision.source or os.path.realpath(revision.source) != real:
                     continue

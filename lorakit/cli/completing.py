@@ -154,12 +154,14 @@ def _named(asked: click.Parameter, kinds: set[str], context: click.Context, inco
         return _keys()
     if kinds & STORED:
         return _told_apart(_stored(trashed=context.info_name == "undelete"), incomplete)
-    if isinstance(asked, click.Option) or "url" not in context.params:
+    if (isinstance(asked, click.Option) and not kinds & {"NAME", "REV"}) or "url" not in context.params:
         return ()
     served = _served(context) if kinds & {"NAME", "REV"} else {}
     if "ALIAS" in kinds:
         return _told_apart({run: filter(_is_alias, selectors) for run, selectors in served.items()}, incomplete)
-    return served if "NAME" in kinds else served.get(str(context.params.get("alias")).partition("@")[0], ())
+    # behind an option that waits for its value, no argument was read yet
+    alias = context.params.get("alias") or next(iter(context.args), "")
+    return served if "NAME" in kinds else served.get(str(alias).partition("@")[0], ())
 
 
 def _told_apart(known: Mapping[str, Iterable[str]], incomplete: str) -> list[str]:

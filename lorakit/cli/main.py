@@ -47,6 +47,7 @@ VERBS = {
     "save": "Ask the run that is training to save now.",
     "capture": "Run a trainer, and keep every checkpoint that it writes.",
     "serve": "Serve a base and its adapters from one vLLM, each new checkpoint as it appears.",
+    "sync": "Keep the adapters of a vLLM in step, for clients that ask it themselves.",
     "config": "Say what serve would be told, by flags, variables and a file, and which of them said it.",
     "key": "Make, list and revoke the API keys of a server: who may call which adapters.",
     "ps": "Say what a running server serves, where each revision is, and how often it was asked for.",

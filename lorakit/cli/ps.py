@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorakit.cli.shared import json_option, note, print_json, server_at, url_option
-from lorakit.cli.tables import print_table, printable, rich_table
+from lorakit.cli.tables import percent, print_table, printable, rich_table
 from lorakit.errors import LorakitError, UsageError
 
 if TYPE_CHECKING:
     from lorakit.server.client import Client
 
 HEAD = ("NAME", "REVISION", "STATE", "ALIASES", "EVAL LOSS", "REQUESTS", "IN FLIGHT", "WHERE")
+COMPARED = (
+    "ALIAS", "REVISION", "SHARE", "REQUESTS", "ERRORS", "MEDIAN", "95%", "FIRST BYTE", "TOKENS", "EQUAL", "ALIKE"
+)  # fmt: skip
 REASONS = 10
 EVERY = 1.0  # seconds between two looks
 
@@ -24,21 +27,38 @@ EVERY = 1.0  # seconds between two looks
 @click.command("ps")
 @click.option("--all", "every", is_flag=True, help="Also the revisions that are only in the store, without an alias.")
 @click.option("--watch", is_flag=True, help="Stay, and show what changes, until Ctrl+C.")
+@click.option(
+    "--compare",
+    metavar="[NAME]",
+    is_flag=False,
+    flag_value="",
+    help="How the revisions that share a name answer, or of late answered for it, side by side.",
+)
 @url_option
 @json_option
-def command(every: bool, watch: bool, url: str, as_json: bool) -> None:
+def command(every: bool, watch: bool, compare: str | None, url: str, as_json: bool) -> None:
     """Say what a running server serves: each name's revisions, their state, aliases and requests, and where they are.
 
     WHERE is `slot` for what answers now, `memory` for what is in the engine and idle, `store` for what is loaded when a
-    request asks for it. Why something is not served is said on stderr.
+    request asks for it. Why something is not served is said on stderr. Behind an alias that several revisions share
+    stands which share of its requests each has.
+
+    --compare shows seconds until the end of an answer, their median and what 95% stay below, and until its first byte
+    at the median; tokens at the mean; and of a shadow, how often it said the same as the client was told (EQUAL), and
+    how far the two begin alike (ALIKE).
 
     \b
     lorakit ps
     lorakit ps --watch
+    lorakit ps --compare sql
     lorakit ps --json --url http://10.0.0.7:8000
     """
     server = server_at(url)
-    if not watch:
+    if compare is not None:
+        if watch or every:
+            raise UsageError("--compare goes with neither --watch nor --all")
+        _compare(server, compare, as_json=as_json)
+    elif not watch:
         _show(server.served(), every, as_json)
     elif as_json:
         raise UsageError("--watch shows a table: for a program there is GET /v1/events")
@@ -70,9 +90,21 @@ def rows_of(served: Sequence[dict[str, Any]], *, every: bool = False) -> list[tu
             rows.append(_row(named["name"] or named["mix"], {**named, "revision": selector, "aliases": ()}))
             continue
         for one in named["revisions"]:
-            if every or one["aliases"] or one["state"] != "ready" or one["residency"] != "store":
-                rows.append(_row(named["name"], one))
+            shown = {**one, "aliases": _aliases(named["splits"], one)}
+            if every or shown["aliases"] or one["state"] != "ready" or one["residency"] != "store":
+                rows.append(_row(named["name"], shown))
     return rows
+
+
+def _aliases(splits: Mapping[str, Any], one: Mapping[str, Any]) -> list[str]:
+    """Those of a revision, with its share where it is not all."""
+    parts = {
+        alias: [percent(each["share"]) for each in split["shares"] if each["revision"] == one["id"]]
+        or ["shadow" for revision in split["shadow"] if revision == one["id"]]
+        for alias, split in splits.items()
+    }
+    plain = [alias for alias in one["aliases"] if alias not in parts]
+    return [f"{alias} {part}" for alias, found in parts.items() for part in found] + plain
 
 
 def _row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
@@ -94,6 +126,33 @@ def _say_why(served: Sequence[dict[str, Any]]) -> None:
         note(reason)
     if len(reasons) > REASONS:
         note(f"and {len(reasons) - REASONS} more: --json has every reason")
+
+
+def _compare(server: Client, name: str, *, as_json: bool) -> None:
+    names = [name] if name else [one["name"] for one in server.served() if one["object"] == "adapter"]
+    found = [server.comparison(each) for each in names]
+    rows = [_compared(row) for each in found for row in each["revisions"]]
+    if as_json:
+        print_json(found[0] if name else found)
+    elif rows:
+        print_table(COMPARED, rows)
+    else:
+        note(f"nothing has answered for '{name}' yet" if name else "nothing has answered for a name yet")
+
+
+def _compared(row: Mapping[str, Any]) -> tuple[str, ...]:
+    seconds, agreement = row["seconds"], row["agreement"] or {}
+    share = "shadow" if row["shadow"] else _or_dash(row["share"], percent)
+    return (
+        ", ".join(row["aliases"]), row["revision"], share, str(row["requests"]), str(row["errors"]),
+        *(_or_dash(value, "{:.3f}".format) for value in (seconds["p50"], seconds["p95"], row["first_byte"]["p50"])),
+        _or_dash(row["generated"]["mean"], "{:.1f}".format),
+        *(_or_dash(agreement.get(key), percent) for key in ("equal", "prefix")),
+    )  # fmt: skip
+
+
+def _or_dash(value: float | None, shown: Callable[[float], str]) -> str:
+    return "-" if value is None else shown(value)
 
 
 def changes(server: Client, pause: float = EVERY) -> Iterator[list[dict[str, Any]]]:

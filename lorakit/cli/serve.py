@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli.configured import BehindDashes, Configured, Described, NamedPath, Words, config_option
+from lorakit.cli.configured import BehindDashes, Configured, Described, Words, config_option
+from lorakit.cli.following import following_options, largest_rank, refuse_unfollowable, whole_paths
 from lorakit.cli.shared import print_json
-from lorakit.errors import NotFound, UsageError
+from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
     from lorakit.server.settings import Settings
@@ -19,29 +20,7 @@ if TYPE_CHECKING:
 @click.command(name="serve", cls=Configured)
 @click.argument("base", cls=Described, required=False, envvar="LORAKIT_BASE", key="base",
                 meaning="The model to serve: a folder or a hub id.")  # fmt: skip
-@click.option("--watch", multiple=True, metavar="DIR", type=click.Path(),
-              help="Serve every run and adapter in this folder.")  # fmt: skip
-@click.option("--adapter", "adapters", multiple=True, type=NamedPath(), help="Serve this adapter or run as NAME.")
-@click.option("--follow", type=click.Choice(["latest", "best", "manual"]), default="latest", show_default=True,
-              help="Which checkpoint a run's name means.")  # fmt: skip
-@click.option("--metric", default="eval_loss", show_default=True, metavar="NAME",
-              help="Of --follow best, at a checkpoint's own step. NAME@best is by eval_loss always.")  # fmt: skip
-@click.option("--mode", type=click.Choice(["min", "max"]), default=None,
-              help="Of --metric; min for those that are called a loss or perplexity.")  # fmt: skip
-@click.option("--min-delta", default=0.0, metavar="X", type=click.FloatRange(0),
-              help="Follow only what is better by so much than what the name means.")  # fmt: skip
-@click.option("--min-steps", default=0, metavar="N", type=click.IntRange(0),
-              help="Follow no checkpoint of fewer steps.")  # fmt: skip
-@click.option("--probe", default="", metavar="FILE", type=click.Path(dir_okay=False),
-              help="Smoke prompts that have to pass before a name moves, one JSON object a line: "
-              '{"prompt": "1+1=", "expect": "2"}; or "messages", "matches" (a regular expression), '
-              '"max_tokens".')  # fmt: skip
-@click.option("--max-error-rise", default=0.1, show_default=True, metavar="SHARE", type=click.FloatRange(0, 1),
-              help="Go back to the revision before when so many more answers fail; 1: never.")  # fmt: skip
-@click.option("--keep-revisions", default=0, metavar="N", type=click.IntRange(0),
-              help="Keep the last N of each run, and what is aliased or in use. Default: all.")  # fmt: skip
-@click.option("--retention", default="", metavar="FILE", type=click.Path(dir_okay=False),
-              help="Keep what this YAML says, as prune --config, and what is aliased or in use.")  # fmt: skip
+@following_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
 @click.option("--max-loras", default=8, show_default=True, type=click.IntRange(1, 4096),
@@ -98,6 +77,10 @@ if TYPE_CHECKING:
               help="What a mix may lose of its norm when it is cut to --max-lora-rank.")  # fmt: skip
 @click.option("--mixes-kept", default=64, show_default=True, metavar="N", type=click.IntRange(1),
               help="Mixes without a name that stay in the store.")  # fmt: skip
+@click.option("--mixes-size", default="4GiB", show_default=True, metavar="SIZE",
+              help="What they may take there together.")  # fmt: skip
+@click.option("--mixes-at-once", default=2, show_default=True, metavar="N", type=click.IntRange(1),
+              help="Mixes that are made at the same time.")  # fmt: skip
 @click.option("--takeover", is_flag=True,
               help="Take the place of the server that runs there, without a failed request.")  # fmt: skip
 @config_option
@@ -111,7 +94,7 @@ def command(
     base: str | None, watch: tuple[str, ...], adapters: tuple[str, ...], follow: str, host: str, port: int,
     max_loras: int, max_cpu_loras: int, max_lora_rank: int | None, mode: str | None, probe: str, retention: str,
     pins: tuple[str, ...], roots: tuple[str, ...], home: str | None, engine: str | None, tls_cert: str, tls_key: str,
-    allow_no_key: bool, api_key_file: str | None,
+    allow_no_key: bool, api_key_file: str | None, mixes_size: str,
     takeover: bool, dry_run: bool, as_json: bool, arguments: tuple[str, ...], **more: Any,
 ) -> None:  # fmt: skip
     """Serve BASE, a folder or a hub id, and its adapters, each new checkpoint as it appears.
@@ -127,12 +110,12 @@ def command(
     (`mix(sql@best=0.7,chat=0.3)`). What is no flag may be a variable (LORAKIT_MAX_LORAS) or stand in a file (`lorakit
     config example`); `lorakit config show --origin` says what holds.
     """
+    from lorakit.checkpoints.amounts import bytes_of
     from lorakit.merge.base import read_base
     from lorakit.server.access.at_start import KEY, key_from_file, refuse_open_door
     from lorakit.server.engines import vllm
-    from lorakit.server.settings import from_mapping, named_path
+    from lorakit.server.settings import from_mapping
     from lorakit.server.supervision.running import run_engine, run_in_front
-    from lorakit.store.names import check_name
 
     if engine is not None:
         _refuse_beside_engine(engine, takeover=takeover, dry_run=dry_run, arguments=arguments)
@@ -143,28 +126,14 @@ def command(
         vllm.refuse_own_flags(arguments)
     model = read_base(base) if base is not None else None
     name = base_name(base) if base is not None else ""
-    named = dict(named_path(text) for text in adapters)
-    if len(named) < len(adapters):
-        raise UsageError("--adapter: a name stands twice")
-    for adapter, path in named.items():
-        check_name(adapter, name)
-        if not Path(path).is_dir():
-            raise NotFound(f"--adapter {adapter}: there is no folder '{path}'")
-    for folder in (*watch, *roots):
-        if not Path(folder).is_dir():
-            raise NotFound(f"there is no folder '{folder}' to watch or to load from")
     settings = from_mapping(
         {
-            "home": str(Path(home).absolute()) if home else "",
-            "watch": [str(Path(folder).absolute()) for folder in watch],
-            "adapters": named,
-            "roots": [str(Path(folder).absolute()) for folder in roots],
+            **whole_paths(name, adapters, watch=watch, roots=roots, home=home, probe=probe, retention=retention),
             "follow": follow,
             "max_loras": max_loras,
             "mode": mode or "",
-            "probe": str(Path(probe).absolute()) if probe else "",
-            "retention": str(Path(retention).absolute()) if retention else "",
             "pins": pins,
+            "mix_bytes": bytes_of(mixes_size),
             "tls_cert": str(Path(tls_cert).absolute()) if tls_cert else "",
             "tls_key": str(Path(tls_key).absolute()) if tls_key else "",
             "trust_request_chat_template": "--trust-request-chat-template" in arguments,
@@ -176,7 +145,7 @@ def command(
         os.environ[KEY] = key_from_file(Path(api_key_file))  # for the engine's process; no list of processes shows it
     if not allow_no_key:
         refuse_open_door(host, settings.store_home, has_own_key=bool(os.environ.get(KEY)))
-    rank = vllm.allowed_rank(max_lora_rank or _largest_rank([*watch, *named.values()]))
+    rank = vllm.allowed_rank(max_lora_rank or largest_rank([*settings.watch, *settings.adapters.values()]))
     if engine is not None:
         folder = str(model.folder.resolve()) if model is not None else ""
         _end_with(run_in_front(engine, settings, base_path=folder, max_rank=rank, host=host, port=port))
@@ -215,11 +184,7 @@ def _refuse_beside_engine(url: str, *, takeover: bool, dry_run: bool, arguments:
 
 def _refuse_unusable(settings: Settings) -> None:
     """Raises NotFound, UsageError where a file can't be read, or what was said can't be; before vLLM is started."""
-    from lorakit.server.following.retention import retention_of
-    from lorakit.server.following.smoke import read_smokes
-
-    _ = settings.following  # which metric is better as it is less, or more
-    retention_of(settings.keep_revisions, settings.retention)
+    refuse_unfollowable(settings)
     settings.certificate.ensure_usable()
     if settings.allow_hosts:
         from lorakit.server.access.fetching import parse_host
@@ -229,8 +194,6 @@ def _refuse_unusable(settings: Settings) -> None:
     for address in settings.allow_sources:
         if not address.startswith(("hf://", "s3://")):
             raise UsageError(f"--allow-source '{address}': write hf://OWNER/, hf://OWNER/NAME or s3://BUCKET/PATH/")
-    if settings.probe:
-        read_smokes(Path(settings.probe))
     if 0 < settings.max_loras <= len(settings.pins):
         raise UsageError(
             f"--pin: {len(settings.pins)} names leave no place for another adapter, or for their own next revision, in "
@@ -248,20 +211,3 @@ def base_name(base: str) -> str:
     if Path(base).is_dir():
         return os.path.basename(os.path.abspath(base))
     return base.partition("@")[0].rpartition("/")[2]
-
-
-def _largest_rank(folders: list[str]) -> int:
-    """The largest rank that a config under these folders names, 16 at least (vLLM's own default)."""
-    from lorakit.adapters.config import read_config
-    from lorakit.checkpoints.runs import find_candidates
-    from lorakit.errors import LorakitError
-
-    rank = 16
-    for folder in folders:
-        for candidate in find_candidates(Path(folder)):
-            try:
-                config = read_config(candidate.folder)
-            except LorakitError:
-                continue
-            rank = max(rank, config.rank, *config.rank_pattern.values(), 0)
-    return rank

@@ -46,6 +46,11 @@ def _is_number(cell: str) -> bool:
     return bool(re.fullmatch(r"-|[-+]?[\d.]+(e[-+]?\d+)?%?|nan|inf", cell))
 
 
+def percent(share: float) -> str:
+    """A share of 1, as `5%`."""
+    return f"{100 * share:.4g}%"
+
+
 def size_in_words(count: int) -> str:
     """Bytes, as `4.1 MB`."""
     unit, scale = next(((name, scale) for name, scale in (("GB", 1e9), ("MB", 1e6)) if count >= scale), ("kB", 1e3))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -67,13 +68,36 @@ class Client:
     def unload(self, name: str) -> dict[str, Any]:
         return self._ask("DELETE", f"/v1/adapters/{_part(name)}")
 
+    def mix(self, name: str) -> dict[str, Any]:
+        return self._ask("GET", f"/v1/mixes/{_part(name)}")
+
+    def name_mix(self, name: str, mix: str) -> dict[str, Any]:
+        """Have a name mean a mix, and follow the adapters in it."""
+        return self._ask("POST", "/v1/mixes", {"name": name, "mix": mix})
+
+    def forget_mix(self, name: str) -> dict[str, Any]:
+        return self._ask("DELETE", f"/v1/mixes/{_part(name)}")
+
     def rollback(self, name: str) -> dict[str, Any]:
         return self._ask("POST", f"/v1/adapters/{_part(name)}/rollback")
 
+    def comparison(self, name: str) -> dict[str, Any]:
+        """How the revisions that answer for a name compare."""
+        return self._ask("GET", f"/v1/adapters/{_part(name)}/comparison")
+
     def point(self, name: str, alias: str, revision: str) -> dict[str, Any]:
         """Have an alias, `name` for the default one, mean a revision."""
-        path = f"/v1/adapters/{_part(name)}/aliases/{_part(alias)}"
-        return self._ask("PUT", path, {"revision": revision})
+        return self._ask("PUT", _alias(name, alias), {"revision": revision})
+
+    def split(
+        self, name: str, alias: str, shares: Sequence[tuple[str, float]], shadows: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Have revisions share an alias, or one have it; `shadows` answer beside them."""
+        given = [{"revision": revision, "share": share} for revision, share in shares]
+        meant: dict[str, Any] = {"shares": given} if len(given) > 1 else {"revision": given[0]["revision"]}
+        settled = {} if seed is None else {"seed": seed}
+        return self._ask("PUT", _alias(name, alias), {**meant, "shadow": list(shadows), **settled})
 
     def _ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """What the server answers.
@@ -117,6 +141,10 @@ class Client:
             ) from None
         finally:
             connection.close()
+
+
+def _alias(name: str, alias: str) -> str:
+    return f"/v1/adapters/{_part(name)}/aliases/{_part(alias)}"
 
 
 def _part(name: str) -> str:

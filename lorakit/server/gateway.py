@@ -22,6 +22,7 @@ from lorakit.server.dialects.lorax.request import GENERATE
 from lorakit.server.engines.engine import Engine
 from lorakit.server.file_work import file_work
 from lorakit.server.following.reconciler import Reconciler
+from lorakit.server.page.door import Page, is_page
 from lorakit.server.requests.answers import error_response, unavailable
 from lorakit.server.requests.asking import MODEL_ROUTES, Asking
 from lorakit.server.requests.limits import TooMany
@@ -35,7 +36,7 @@ from lorakit.server.supervision.listener import Supervised, supervised
 
 OWN = frozenset(
     {"/ready", "/metrics", "/v1/models", "/v1/adapters", "/v1/mixes", "/v1/events", "/v1/load_lora_adapter",
-     "/v1/unload_lora_adapter", "/v1/fine_tuning/jobs", "/info", "/openapi.json"}
+     "/v1/unload_lora_adapter", "/v1/fine_tuning/jobs", "/v1/comparisons", "/v1/key", "/info", "/openapi.json"}
 )  # fmt: skip
 ASKS = MODEL_ROUTES | GENERATE  # what asks a model
 
@@ -58,6 +59,7 @@ class Gateway:
         self._supervised: Supervised | None = None
         self._held = contextlib.ExitStack()
         self._tracing: Tracing | None = None
+        self._page = Page(self)
 
     @property
     def reconciler(self) -> Reconciler:
@@ -140,6 +142,7 @@ class Gateway:
 
     async def stop(self) -> None:
         """End what `begin` started; the engine is someone else's."""
+        await self._page.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -160,6 +163,9 @@ class Gateway:
         known, routes, asking, keyring = self._reconciler, self._routes, self._asking, self._keyring
         if known is None or routes is None or asking is None or keyring is None:
             await unavailable("the engine does not answer")(scope, receive, send)
+            return
+        if is_page(path):
+            await self._page(scope, receive, send)
             return
         scope, refusal = _admitted(scope, path, keyring)
         if refusal is not None:
@@ -182,7 +188,10 @@ class Gateway:
             await refusal(scope, receive, send)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's only one, for speech, takes the base's name and no adapter's."""
+        """The page's; and vLLM's only one, for speech, which takes the base's name and no adapter's."""
+        if is_page(scope["path"].removeprefix(scope.get("root_path", ""))):
+            await self._page(scope, receive, send)
+            return
         code, reason, keyring = 0, "", self._keyring
         if self._reconciler is None or keyring is None or not await self._reconciler.engine.alive():
             code, reason = 1013, "the engine does not answer"

@@ -6,11 +6,11 @@ import re
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, model_validator
 from starlette.exceptions import HTTPException
 
 from lorakit import __version__
@@ -20,6 +20,8 @@ from lorakit.server.access.fetching import Fetching, NotFetched, is_address
 from lorakit.server.access.given import Administered, Known
 from lorakit.server.access.keyring import Keyring
 from lorakit.server.access.rights import Forbidden, rights_of
+from lorakit.server.access.told import key_router
+from lorakit.server.comparisons import Comparisons, comparison_router
 from lorakit.server.described import EVERYWHERE, errors, whole_description
 from lorakit.server.dialects.fine_tuning import fine_tuning_router
 from lorakit.server.dialects.lorax.routes import Lorax, lorax_router
@@ -27,6 +29,8 @@ from lorakit.server.engines.engine import LoadFailed
 from lorakit.server.file_work import file_work
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.following.residency import NoSlot
+from lorakit.server.following.splitting import MOST_SHADOWS, MOST_SHARES, NewSplit
+from lorakit.server.losses import Logs, loss_router
 from lorakit.server.mixes.making import MixNotMade, MixRefused
 from lorakit.server.mixes.routes import mix_router
 from lorakit.server.requests.answers import PlainJSON, error_response
@@ -49,6 +53,7 @@ STATUS: tuple[tuple[type[LorakitError], int, str], ...] = (
 )
 
 
+Most = Annotated[int, Query(ge=0, le=1_000_000)]
 NOT_READY = {"description": "The engine, or an adapter, is being loaded", "content": {"application/json": {}}}
 
 
@@ -72,11 +77,29 @@ class NewAdapter(BaseModel):
     source: StrictStr
 
 
-class NewTarget(BaseModel):
-    """Whatever names a revision: `step-500`, a digest, `latest`, `best`."""
+class Share(BaseModel):
+    """A revision, and its share of the requests: 0.05 of 1."""
 
     model_config = ConfigDict(extra="forbid")
     revision: StrictStr
+    share: float = Field(strict=True, gt=0, le=1, allow_inf_nan=False)
+
+
+class NewTarget(BaseModel):
+    """Whatever names a revision: `step-500`, a digest, `latest`, `best`; or several, with their shares. Those in
+    `shadow` answer as well, for nobody. Another `seed` has other users meet each of them."""
+
+    model_config = ConfigDict(extra="forbid")
+    revision: StrictStr | None = None
+    shares: list[Share] | None = Field(default=None, min_length=2, max_length=MOST_SHARES)
+    shadow: list[StrictStr] = Field(default=[], max_length=MOST_SHADOWS)
+    seed: int | None = Field(default=None, strict=True, ge=0, lt=2**53)
+
+    @model_validator(mode="after")
+    def _names_one_or_several(self) -> NewTarget:
+        if (self.revision is None) == (self.shares is None):
+            raise ValueError("give either `revision` or `shares`")
+        return self
 
 
 class LoadRequest(BaseModel):
@@ -107,10 +130,13 @@ def routes_for(reconciler: Reconciler, metrics: Metrics, asking: Asking, keyring
     app.state.reconciler, app.state.metrics, app.state.keyring = reconciler, metrics, keyring
     app.state.lorax = Lorax(reconciler, asking)
     app.state.fetching = Fetching(reconciler.settings)
+    app.state.comparisons, app.state.logs = Comparisons(), Logs()
     app.include_router(_router())
     app.include_router(mix_router())
     app.include_router(fine_tuning_router())
     app.include_router(lorax_router())
+    for router in (key_router(), comparison_router(), loss_router()):
+        app.include_router(router)
     return app
 
 
@@ -127,11 +153,12 @@ def _router() -> Any:
     add("/metrics", metrics, response_class=Exposition)
     add("/v1/models", models)
     add("/v1/models/{model:path}", model, 404)
-    add("/v1/adapters", adapters)
+    add("/v1/adapters", adapters, 400)
     add("/v1/adapters", add_adapter, 400, 404, 409, method="POST", status_code=201)
-    add("/v1/adapters/{name}", adapter, 404)
+    add("/v1/adapters/{name}", adapter, 400, 404)
     add("/v1/adapters/{name}", remove_adapter, 404, method="DELETE")
     add("/v1/adapters/{name}/aliases/{alias}", set_alias, 400, 404, 409, method="PUT")
+    add("/v1/adapters/{name}/comparison", comparison, 404)
     add("/v1/adapters/{name}/rollback", rollback, 400, 404, 409, method="POST")
     add("/v1/events", events, response_class=EventStream)
     add("/v1/load_lora_adapter", load_lora_adapter, 400, 404, 409, method="POST", response_class=PlainTextResponse)
@@ -168,18 +195,19 @@ async def model(known: Known, model: str) -> dict[str, Any]:
     return {**cards[revision.name], "id": model}
 
 
-async def adapters(known: Known) -> dict[str, Any]:
-    """Every name: its revisions, their state and what is known of them."""
+async def adapters(known: Known, revisions: Most | None = None) -> dict[str, Any]:
+    """Every name: its revisions, or so many of the newest, their state and what is known of them."""
     names = sorted({*known.runs, *(waiting.candidate.run for waiting in known.waiting.values())})
-    return {"object": "list", "data": [adapter_view(known, name) for name in names]}
+    return {"object": "list", "data": [adapter_view(known, name, revisions) for name in names]}
 
 
-async def adapter(known: Known, name: str) -> dict[str, Any]:
-    """One name, and what a rollback of it would lead to."""
+async def adapter(known: Known, name: str, revisions: Most | None = None, skip: Most = 0) -> dict[str, Any]:
+    """One name, and what a rollback of it would lead to; all of its revisions, or so many of the newest, but for the
+    very newest `skip`."""
     if name not in known.runs and all(waiting.candidate.run != name for waiting in known.waiting.values()):
         raise NotFound(f"there is no adapter '{name}'")
-    previous = await known.before(known.runs[name]) if name in known.runs else None
-    return {**adapter_view(known, name), "previous": previous.name if previous else None}
+    previous = await known.rolled_back(known.runs[name]) if name in known.runs else None
+    return {**adapter_view(known, name, revisions, skip), "previous": previous.name if previous else None}
 
 
 async def add_adapter(request: Request, whole: Administered, new: NewAdapter) -> dict[str, Any]:
@@ -201,10 +229,21 @@ async def remove_adapter(known: Known, whole: Administered, name: str) -> dict[s
 
 
 async def set_alias(known: Known, whole: Administered, name: str, alias: str, target: NewTarget) -> dict[str, Any]:
-    """Point an alias at a revision, for the next request on."""
+    """Point an alias at a revision, or have several share it, for the next request on."""
     known.run_named(name)
-    await whole.set_alias(name, alias, target.revision)
+    if target.revision is not None and not target.shadow:
+        await whole.set_alias(name, alias, target.revision)
+    else:
+        shares = [(one.revision, one.share) for one in target.shares or ()] or [(target.revision or "", 1.0)]
+        await whole.splitting.set(name, alias, NewSplit(shares, target.shadow, target.seed))
     return adapter_view(known, name)
+
+
+async def comparison(request: Request, known: Known, name: str) -> dict[str, Any]:
+    """How the revisions that share a name answer, and its shadows: latency, errors, lengths, agreement; without a
+    split, those that answered lately."""
+    run = known.run_named(name)
+    return {"object": "comparison", "name": name, "revisions": request.app.state.reconciler.comparison.of(run)}
 
 
 async def rollback(known: Known, whole: Administered, name: str) -> dict[str, Any]:

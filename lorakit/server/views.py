@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit.server.following.served import Served, Waiting
 from lorakit.store.catalog import Facts, Revision, Run
+from lorakit.store.splits import split_said
 
+T = TypeVar("T")
 NOWHERE = {"in_engine": False, "residency": None, "in_flight": 0}
 
 
@@ -46,13 +48,15 @@ def model_cards(known: Served) -> list[dict[str, Any]]:
     return cards
 
 
-def adapter_view(known: Served, name: str) -> dict[str, Any]:
-    """One name: where it points, and each of its revisions, the unfinished and refused ones among them."""
+def adapter_view(known: Served, name: str, newest: int | None = None, skip: int = 0) -> dict[str, Any]:
+    """One name: where it points, and each of its revisions, or so many of the newest, but for some; then what is
+    unfinished or refused."""
     run = known.runs.get(name, Run(name))
     aliases = aliases_of(known, run)
     default = aliases.get("")
-    revisions = [_revision_view(known, revision, aliases) for revision in _in_order(run)]
-    revisions += [_waiting_view(waiting) for waiting in known.waiting.values() if waiting.candidate.run == name]
+    revisions = [_revision_view(known, revision, aliases) for revision in _newest(_in_order(run), newest, skip)]
+    waiting = [waiting for waiting in known.waiting.values() if waiting.candidate.run == name]
+    revisions += [_waiting_view(each) for each in _newest(waiting, newest, 0)]
     state, reason = _state(known, default, revisions)
     own = [revision.id for revision in run.revisions.values()]
     return {
@@ -65,7 +69,9 @@ def adapter_view(known: Served, name: str) -> dict[str, Any]:
         **_said_of(default.facts if default else Facts()),
         "follow": "manual" if run.pinned else known.settings.follow,
         "aliases": {alias or name: revision.name for alias, revision in aliases.items()},
+        "splits": {alias or name: split_said(split, run.revisions) for alias, split in run.splits.items()},
         "requests": sum(known.requests.get(id, 0) for id in own),
+        "count": len(own),
         "revisions": revisions,
     }
 
@@ -83,6 +89,12 @@ def _state(known: Served, default: Revision | None, revisions: list[dict[str, An
         return known.state_of(default)
     newest = revisions[-1] if revisions else None
     return (newest["state"], newest["reason"]) if newest else ("gone", None)
+
+
+def _newest(found: list[T], newest: int | None, skip: int) -> list[T]:
+    """Of what is in order, so many of the last, but for the very last `skip`."""
+    end = max(0, len(found) - skip)
+    return found[:end] if newest is None else found[max(0, end - newest) : end]
 
 
 def _in_order(run: Run) -> list[Revision]:

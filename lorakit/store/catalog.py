@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lorakit.store.names import parse_selector, revision_name
+from lorakit.store.splits import Split
 
 Label = Literal["step", "final", "plain", "mix"]
 
@@ -127,13 +128,20 @@ def newest(candidates: Iterable[Revision], finishes: Sequence[Finish]) -> Revisi
 
 @dataclass(slots=True)
 class Run:
-    """All that is known of one name: revisions by id, finishes in order, aliases that a person or `follow` set."""
+    """All that is known of one name: revisions by id, finishes in order, aliases that a person or `follow` set, and
+    splits of these, whose main revisions they mean."""
 
     name: str
     revisions: dict[int, Revision] = field(default_factory=dict)
     finishes: list[Finish] = field(default_factory=list)
     aliases: dict[str, int] = field(default_factory=dict)
     pinned: bool = False
+    splits: dict[str, Split] = field(default_factory=dict)
+
+    def split_among(self) -> Iterator[tuple[str, Revision]]:
+        """Each alias that is split, with each revision that answers for it, or beside it."""
+        for alias, split in self.splits.items():
+            yield from ((alias, self.revisions[id]) for id in split.members if id in self.revisions)
 
     def without(self, ids: Collection[int]) -> Mapping[int, Revision]:
         """The revisions but for these, which are few where the revisions are many."""

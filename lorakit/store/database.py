@@ -97,6 +97,19 @@ _VERSIONS = (
         PRIMARY KEY (key, day)
     );
     """,
+    """
+    CREATE TABLE splits (
+        base TEXT NOT NULL, run TEXT NOT NULL, alias TEXT NOT NULL, seed INTEGER NOT NULL,
+        PRIMARY KEY (base, run, alias)
+    );
+    CREATE TABLE split_revisions (
+        id INTEGER PRIMARY KEY, base TEXT NOT NULL, run TEXT NOT NULL, alias TEXT NOT NULL,
+        revision INTEGER NOT NULL REFERENCES revisions (id) ON DELETE CASCADE, share REAL,
+        UNIQUE (base, run, alias, revision),
+        FOREIGN KEY (base, run, alias) REFERENCES splits (base, run, alias) ON DELETE CASCADE
+    );
+    CREATE INDEX split_revisions_by_revision ON split_revisions (revision);
+    """,
 )
 
 NEWEST = len(_VERSIONS)

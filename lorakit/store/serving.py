@@ -93,6 +93,8 @@ def _pointed_at(run: Run) -> Iterator[tuple[str, Revision]]:
         revision = run.select(alias or None)
         if revision is not None:
             yield f"{run.name}@{alias}" if alias else run.name, revision
+    for alias, revision in run.split_among():
+        yield f"{run.name}@{alias}" if alias else run.name, revision
 
 
 def _is_held(handle: int) -> bool:

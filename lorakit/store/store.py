@@ -23,6 +23,7 @@ from lorakit.store.catalog import Facts, Finish, Label, Revision, Run, attempt_o
 from lorakit.store.contents import is_needed, placed, remove_unneeded, unneeded_in
 from lorakit.store.database import Database, default_home, is_store
 from lorakit.store.names import revision_name
+from lorakit.store.splits import Split, read_splits, write_split
 
 __all__ = ["Source", "Store", "bases_in", "default_home", "open_store"]
 
@@ -108,6 +109,10 @@ class Store:
         for name, alias, revision_id in query("SELECT run, alias, revision FROM aliases WHERE base = ?", (self.base,)):
             if revision_id in by_id:
                 found[name].aliases[alias] = revision_id
+        for (name, alias), split in read_splits(self._database, self.base).items():
+            if name in found and (left := split.among(found[name].revisions)) is not None:
+                found[name].aliases[alias] = left.main
+                found[name].splits |= {} if left.is_plain else {alias: left}
         return {name: run for name, run in found.items() if run.revisions}
 
     def uid(self, revision: int) -> str:
@@ -182,13 +187,14 @@ class Store:
 
     def move_alias(
         self, run: str, alias: str, revision: int, why: str, *, pinned: bool | None = None,
-        passed_over: Mapping[int, str] | None = None,
+        passed_over: Mapping[int, str] | None = None, split: Split | None = None,
     ) -> None:  # fmt: skip
         """Point an alias at a revision, and write it into the journal. The default alias has the empty name.
 
         A revision that somebody put into the trash meanwhile is out of it again, and is passed over no more.
 
         Args:
+            split: what the alias means beside the revision, which is its main one; None ends what it meant so before.
             pinned: whether the default alias stays there from now on, rather than following; None leaves that as it is.
             passed_over: revisions that no alias moves to by itself from now on, with the reasons.
         """
@@ -197,8 +203,10 @@ class Store:
                 db.execute("UPDATE runs SET pinned = ? WHERE base = ? AND run = ?", (pinned, self.base, run))
             for one in (passed_over or {}).items():
                 db.execute("INSERT OR REPLACE INTO passed_over VALUES (?, ?, ?)", (*one, time.time()))
-            db.execute("DELETE FROM passed_over WHERE revision = ?", (revision,))
+            for id in (revision, *(split.members if split is not None else ())):
+                db.execute("DELETE FROM passed_over WHERE revision = ?", (id,))
             point_alias(db, (self.base, run, alias), revision, why)
+            write_split(db, (self.base, run, alias), split)
 
     def passed_over(self) -> dict[int, str]:
         """What no alias moves to by itself, by id, with the reason."""
@@ -225,7 +233,7 @@ class Store:
                     (self.base, run),
                 )
             ]
-            for table in ("aliases", "moves", "runs"):
+            for table in ("aliases", "splits", "moves", "runs"):
                 db.execute(f"DELETE FROM {table} WHERE base = ? AND run = ?", (self.base, run))
             db.execute("DELETE FROM revisions WHERE base = ? AND run = ? AND trashed IS NULL", (self.base, run))
             unneeded = [digest for digest in digests if not is_needed(db, digest)]
@@ -237,7 +245,10 @@ class Store:
         with self._database.change() as db:
             gone, digests = list[int](), dict[str, None]()
             for id in revisions:
-                if db.execute("SELECT 1 FROM aliases WHERE revision = ?", (id,)).fetchone():
+                if any(
+                    db.execute(f"SELECT 1 FROM {table} WHERE revision = ?", (id,)).fetchone()
+                    for table in ("aliases", "split_revisions")
+                ):
                     continue
                 for (digest,) in db.execute("SELECT digest FROM revisions WHERE id = ?", (id,)).fetchall():
                     gone.append(id)

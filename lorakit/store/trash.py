@@ -287,7 +287,10 @@ def purge(gone: Sequence[Trashed], home: Path) -> None:
             remove_unneeded(database, home / "revisions" / digest)
 
 
-_ALIASES = "SELECT alias FROM aliases WHERE revision = ? ORDER BY alias"
+_ALIASES = (
+    "SELECT alias FROM aliases WHERE revision = ?1 UNION SELECT alias FROM split_revisions WHERE revision = ?1"
+    " ORDER BY alias"
+)
 
 
 def _refuse_aliased(stored: Stored, rows: Sequence[tuple[str]]) -> None:

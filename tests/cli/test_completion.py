@@ -134,6 +134,8 @@ def test_names_and_revisions_of_the_running_server_are_offered(server: Running) 
     assert sorted(offered("alias sql@prod-1 step-")) == sorted(name.partition("@")[2] for name in revisions)
     assert offered(f"alias sql@prod-1 --url {server.url} la") == ["latest"]
     assert offered("alias --url http://127.0.0.1:9 s") == []
+    assert offered("alias sql step-500 --shadow la") == ["latest"]
+    assert offered("ps --compare s") == ["sql"]
 
 
 def test_what_a_server_calls_its_models_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,3 +60,26 @@ def test_what_the_server_refuses_is_said_in_its_words(
         ended = lorakit(capsys, "load", name, source)
         assert (ended.code, ended.out) == (code, ""), source
         assert words in ended.err
+
+
+def test_a_mix_gets_a_name_and_is_forgotten_by_it(capsys: Capture, server: Running) -> None:
+    mix = "mix(sql@step-500=0.5,sql@step-1000=0.5)"
+    before = json.loads(lorakit(capsys, "load", "both", mix, "--dry-run", "--json").out)
+    assert before == {"dry_run": True, "name": "both", "source": mix, "revision": None}
+    ended = lorakit(capsys, "load", "both", mix)
+    assert (ended.code, ended.err) == (0, "")
+    named = server.do(server.served.client.get("/v1/mixes/both")).json()
+    assert (named["revision"], named["mix"]) == (ended.out.strip(), mix)
+    going = json.loads(lorakit(capsys, "unload", "both", "--dry-run", "--json").out)
+    assert going["revisions"] == [named["revision"]]
+    assert lorakit(capsys, "unload", "both", "--yes").code == 0
+    assert server.do(server.served.client.get("/v1/mixes/both")).status_code == 404
+    ended = lorakit(capsys, "unload", "both", "--yes")
+    assert (ended.code, "no adapter 'both'" in ended.err) == (3, True)
+
+
+def test_a_mix_that_can_not_be_made_is_refused_in_the_servers_words(capsys: Capture, server: Running) -> None:
+    for mix, code, words in (("mix(sql=)", 4, "mix(ADAPTER=WEIGHT"), ("mix(nobody=1,sql=1)", 3, "nobody")):
+        ended = lorakit(capsys, "load", "both", mix)
+        assert (ended.code, ended.out) == (code, "")
+        assert words in ended.err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.cli.ps import HEAD, changes, rows_of
+from lorakit.cli.ps import COMPARED, HEAD, changes, rows_of
 from lorakit.server.client import Client
 from tests.cli.commands import lorakit
 from tests.server.fake_engine import put_checkpoint
@@ -24,6 +24,12 @@ def table(out: str) -> list[dict[str, str]]:
     starts = [head.index(name) for name in HEAD]
     ends = [*starts[1:], None]
     return [{name: row[start:end].strip() for name, start, end in zip(HEAD, starts, ends, strict=True)} for row in rows]
+
+
+def compared(out: str) -> list[dict[str, str]]:
+    """The same of --compare, in whose cells are no spaces."""
+    head, *rows = out.replace("FIRST BYTE", "FIRST_BYTE").splitlines()
+    return [dict(zip(head.split(), row.split(), strict=True)) for row in rows]
 
 
 def test_each_revision_has_its_state_aliases_requests_and_place(
@@ -127,3 +133,41 @@ def test_for_a_program_there_are_the_events(capsys: Capture) -> None:
     ended = lorakit(capsys, "ps", "--watch", "--json")
     assert ended.code == 2
     assert "/v1/events" in ended.out
+
+
+# what several share
+
+
+def test_shares_and_shadows_stand_beside_the_aliases(capsys: Capture, server: Running, tmp_path: Path) -> None:
+    put_checkpoint(tmp_path / "runs" / "sql", 2000)
+    server.do(server.served.until(lambda: len(server.served.reconciler.runs["sql"].revisions) == 3))
+    lorakit(capsys, "alias", "sql", "step-500:5%", "step-1000", "--shadow", "step-2000")
+    lorakit(capsys, "alias", "sql@prod", "step-500:50%", "step-2000:50%")
+    aliases = {row["REVISION"].rpartition("-")[0]: row["ALIASES"] for row in table(lorakit(capsys, "ps").out)}
+    assert aliases == {
+        "step-500": "sql 5%, prod 50%, best", "step-1000": "sql 95%", "step-2000": "sql shadow, prod 50%, latest",
+    }  # fmt: skip
+
+
+def test_what_shares_a_name_is_compared_side_by_side(capsys: Capture, server: Running) -> None:
+    ended = lorakit(capsys, "ps", "--compare")
+    assert (ended.code, ended.out) == (0, "")
+    assert "nothing has answered" in ended.err
+    told: list[object] = []
+    server.served.reconciler.shadow_observers.append(told.append)
+    lorakit(capsys, "alias", "sql", "step-500", "--shadow", "step-1000")
+    for _ in range(3):
+        server.do(server.served.ask("sql"))
+    server.do(server.served.until(lambda: len(told) == 3))
+    for arguments in ([], ["sql"]):
+        rows = compared(lorakit(capsys, "ps", "--compare", *arguments).out)
+        assert [tuple(row) for row in rows] == [tuple(name.replace(" ", "_") for name in COMPARED)] * 2
+        assert [(row["ALIAS"], row["SHARE"], row["REQUESTS"], row["ERRORS"], row["TOKENS"]) for row in rows] == [
+            ("sql", "100%", "3", "0", "5.0"), ("sql", "shadow", "3", "0", "5.0"),
+        ]  # fmt: skip
+        assert (rows[0]["EQUAL"], rows[1]["EQUAL"]) == ("-", "0%")
+    known = Client(server.url).comparison("sql")
+    assert json.loads(lorakit(capsys, "ps", "--compare", "sql", "--json").out) == known
+    assert json.loads(lorakit(capsys, "ps", "--compare", "--json").out) == [known]
+    assert lorakit(capsys, "ps", "--compare", "chat").code == 3
+    assert lorakit(capsys, "ps", "--compare", "--watch").code == 2

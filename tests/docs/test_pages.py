@@ -17,7 +17,7 @@ from tests.docs.pages import PAGES, Shown, command_lines, named, sessions
 from tests.folders import factors, linear_modules, write_adapter, write_base
 from tests.readme import blocks
 
-RUN_FOR_REAL = {"tutorial.md"}  # by tests/docs/test_tutorial.py
+RUN_FOR_REAL = {"tutorial.md", "howto/canary.md"}  # by tests/docs/test_tutorial.py, and test_canary.py
 LINES = sorted({(page, shlex.join(line)) for page, text in PAGES.items() for line in command_lines(text)})
 RUN = [page for page, text in PAGES.items() if sessions(text) and page not in RUN_FOR_REAL]
 

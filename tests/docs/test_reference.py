@@ -55,8 +55,10 @@ def test_every_route_is_told_with_its_answers(made: dict[str, str]) -> None:
     for route in (
         "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/adapters", "POST /v1/adapters",
         "GET /v1/adapters/{name}", "DELETE /v1/adapters/{name}", "PUT /v1/adapters/{name}/aliases/{alias}",
-        "POST /v1/adapters/{name}/rollback", "GET /v1/events", "GET /v1/mixes", "POST /v1/mixes",
+        "GET /v1/adapters/{name}/comparison", "POST /v1/adapters/{name}/rollback", "GET /v1/events", "GET /v1/mixes",
+        "POST /v1/mixes",
         "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter", "GET /v1/fine_tuning/jobs", "POST /generate",
+        "GET /v1/adapters/{name}/losses", "GET /v1/comparisons", "GET /v1/key",
     ):  # fmt: skip
         (section,) = re.findall(rf"^### `{re.escape(route)}`\n(.*?)(?=^##|\Z)", page, re.M | re.S)
         assert re.search(r"^\| 20[01] \| ", section, re.M)

@@ -51,13 +51,15 @@ def is_ready(url: str) -> bool:
 
 
 def do(shown: Shown, environ: dict[str, str]) -> None:
-    end = time.monotonic() + PATIENCE
+    begun = time.monotonic()
+    end = begun + PATIENCE
     while True:
         ended = subprocess.run(
             shown.command, shell=True, env=environ, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         printed = ended.stdout + ended.stderr, ended.stderr + ended.stdout
         if ended.returncode == 0 and any(map(shown.is_what, printed)):
+            print(f"{time.monotonic() - begun:6.1f} s  {shown.command}")
             return
         if time.monotonic() > end or not shown.command.startswith(LOOKS):
             pytest.fail(f"$ {shown.command}\n{printed[0]}")

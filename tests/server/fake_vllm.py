@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ class FakeVllm:
         self.key = ""
         self.named: dict[str, tuple[int, str, str]] = {}  # number, path, what it answers
         self.inside: list[int] = []
+        self.running: list[str] = []  # the names that requests are there for, as its metrics say
         self.count = 0
         self.asked: list[dict[str, Any]] = []  # scopes
         self.disconnected = asyncio.Event()
@@ -85,10 +88,11 @@ class FakeVllm:
                 await _send(send, 404, {"detail": "Not Found"})
 
     def metrics(self) -> str:
-        cache = "1073741824" if self.cpu else "None"
+        cache, running = "1073741824" if self.cpu else "None", ",".join(self.running)
         return (
             f'vllm:cache_config_info{{engine="0",kv_cache_memory_bytes="{cache}"}} 1.0\n'
-            f'vllm:lora_requests_info{{max_lora="{self.slots}",running_lora_adapters=""}} 1.7e+09\n'
+            f'vllm:num_requests_running{{engine="0"}} {len(self.running)}.0\n'
+            f'vllm:lora_requests_info{{max_lora="{self.slots}",running_lora_adapters="{running}"}} 1.7e+09\n'
         )
 
     async def load(self, asked: dict[str, Any], send: Any) -> None:
@@ -158,3 +162,24 @@ async def listening(app: Any, port: int = 0) -> AsyncIterator[str]:
         server.should_exit = server.force_exit = True
         await running
         public.close()
+
+
+@contextmanager
+def answering(app: Any) -> Iterator[str]:
+    """An app at an address of its own, for who has no event loop."""
+    begun: Future[tuple[str, asyncio.AbstractEventLoop]] = Future()
+    ends = asyncio.Event()
+
+    async def run() -> None:
+        async with listening(app) as url:
+            begun.set_result((url, asyncio.get_running_loop()))
+            await ends.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    url, loop = begun.result(60)
+    try:
+        yield url
+    finally:
+        loop.call_soon_threadsafe(ends.set)
+        thread.join(60)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakit.server.following.guard import Rate, failed, worse_than
+from lorakit.server.following.guard import WINDOW, Rate, failed, worse_beside, worse_than
 from lorakit.server.requests.answered import Answered
 from tests.server.fake_engine import FakeEngine, Served, fingerprint_of, put_checkpoint, serving
 
@@ -31,6 +32,60 @@ def test_the_share_behind_a_sample_is_wilsons_lower_bound() -> None:
     assert [round(Rate(*sample).at_least, 4) for sample in ((5, 5), (1, 10), (20, 200), (0, 50))] == [
         0.5655, 0.0179, 0.0657, 0.0,
     ]  # fmt: skip
+
+
+def test_and_at_most_wilsons_upper_bound() -> None:
+    assert [round(Rate(*sample).at_most, 4) for sample in ((0, 5), (1, 10), (20, 200), (5, 5), (0, 0))] == [
+        0.4345, 0.4042, 0.1494, 1.0, 1.0,
+    ]  # fmt: skip
+
+
+def answers(pattern: str) -> dict[str, list[tuple[int, bool]]]:
+    """Of revisions that are called by letters, in the order of their answers: a capital is one that failed."""
+    found: dict[str, list[tuple[int, bool]]] = {}
+    for place, letter in enumerate(pattern):
+        found.setdefault(letter.lower(), []).append((place, letter.isupper()))
+    return {name: given[-WINDOW:] for name, given in found.items()}
+
+
+@pytest.mark.parametrize(("pattern", "whose", "worse"), [
+    ("ab" * 20 + "Ab" * 5, "a", True),
+    ("ab" * 20 + "Ab" * 4, "a", False),
+    ("a" + "b" * 19, "a", False),
+    (("a" + "b" * 19) * 5 + ("A" + "b" * 19) * 4, "a", True),  # 5%, and then all
+    (("a" + "b" * 19) * 200 + ("A" + "b" * 19) * 5, "a", True),  # after it was well for long
+    (("a" + "b" * 19) * 200 + ("A" + "b" * 19) * 3, "a", False),
+    ("AB" * 50, "a", False),  # the engine fails
+    (("a" + "b" * 19) * 50 + ("A" + "B" * 19) * 10, "b", False),
+    (("a" + "b" * 19) * 50 + "B" * 15, "b", False),  # and the other was not asked yet
+    (("a" + "b" * 19) * 50 + ("a" + "B" * 19) * 3, "b", True),  # the larger one fails
+    (("a" + "b" * 19) * 50 + ("A" + "B" * 19) * 30 + ("a" + "b" * 19) * 200 + "A", "a", False),  # it was well again
+    (("a" + "b" * 19) * 50 + ("A" + "B" * 19) * 30 + ("a" + "b" * 19) * 20 + "A", "a", False),
+    ("AbcAbcAbcAbcAbc", "a", True),
+    ("ABc" * 5, "a", False),
+    ("ABc" * 14, "a", True),  # of three two fail, which takes longer to say
+    ("ABccccccc" * 12, "a", True),
+    ("A" * 50, "a", False),  # alone
+    ("aaaaAbbbbb" * 40, "a", True),
+    ("aaaaaaaaaAbbbbbbbbbb" * 20, "a", False),
+])  # fmt: skip
+def test_of_those_that_share_a_name_one_is_worse_when_it_fails_while_the_others_do_not(
+    pattern: str, whose: str, worse: bool
+) -> None:
+    given = answers(pattern)
+    beside = [theirs for name, theirs in given.items() if name != whose]
+    assert (worse_beside(given[whose], beside, 0.1) is not None) == worse
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_as_many_errors_of_each_by_chance_take_none_out(seed: int) -> None:
+    chance = random.Random(seed)
+    letters = ["a" if chance.random() < 0.05 else "b" for _ in range(4000)]
+    pattern = "".join(letter.upper() if chance.random() < 0.03 else letter for letter in letters)
+    for end in range(100, len(pattern), 100):
+        given = answers(pattern[:end])
+        assert worse_beside(given.get("a", []), [given["b"]], 0.1) is None
+        assert worse_beside(given["b"], [given.get("a", [])], 0.1) is None
 
 
 @pytest.mark.parametrize(("status", "broke", "said"), [

@@ -198,6 +198,7 @@ class Nothing:
     def __init__(self) -> None:
         self.events = Events()
         self.observers: list[Any] = []
+        self.shadow_observers: list[Any] = []
         self.engine = type("Engine", (), {"limits": type("Limits", (), {"base": "llama"})})
 
 

@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
@@ -21,15 +23,23 @@ from lorakit.server.supervision.listener import public_server
 KEY = "LORAKIT_ENGINE_KEY"
 
 
+Beside = Callable[[Gateway, RemoteEngine], Coroutine[Any, Any, None]]
+
+
 class Front:
     """Says 503 while the engine does not answer, and begins anew when it has been started anew: what was loaded there
-    is gone then, and comes back from the store."""
+    is gone then, and comes back from the store. `beside` runs for as long as a gateway does."""
 
-    def __init__(self, http: Http, settings: Settings, *, base_path: str, max_rank: int) -> None:
+    def __init__(
+        self, http: Http, settings: Settings, *, base_path: str, max_rank: int,
+        kind: type[RemoteEngine] = RemoteEngine, beside: Beside | None = None,
+    ) -> None:  # fmt: skip
         self._http = http
         self._settings = settings
         self._base_path = base_path
         self._max_rank = max_rank
+        self._kind = kind
+        self._beside = beside
         self._gateway: Gateway | None = None
         self._reason = "the gateway is starting"
 
@@ -63,7 +73,7 @@ class Front:
             await self._serve(gateway, engine)
 
     async def _connected(self) -> RemoteEngine:
-        return await RemoteEngine.connect(
+        return await self._kind.connect(
             self._http, self._settings.store_home, base_path=self._base_path, slots=self._settings.max_loras,
             max_rank=self._max_rank,
         )  # fmt: skip
@@ -77,15 +87,18 @@ class Front:
 
     async def _serve(self, gateway: Gateway, engine: RemoteEngine) -> None:
         """Until the engine was started anew."""
-        watching = asyncio.create_task(engine.watch(self._settings.silent_limit))
+        tasks: list[asyncio.Task[None]] = [asyncio.create_task(engine.watch(self._settings.silent_limit))]
+        if self._beside is not None:
+            tasks.append(asyncio.create_task(self._beside(gateway, engine)))
         self._gateway = gateway
         try:
             await engine.lost.wait()
             self._say("the engine was started anew: what was served is loaded again")
         finally:
             self._gateway = None
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await gateway.stop()
             with contextlib.suppress(LorakitError):
                 await engine.close()
@@ -102,7 +115,10 @@ async def _no_sockets(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "websocket.close", "code": 1011, "reason": "lorakit passes no WebSocket on over HTTP"})
 
 
-async def serve_in_front(url: str, public: socket.socket, settings: Settings, *, base_path: str, max_rank: int) -> int:
+async def serve_in_front(
+    url: str, public: socket.socket, settings: Settings, *, base_path: str, max_rank: int,
+    kind: type[RemoteEngine] = RemoteEngine, beside: Beside | None = None,
+) -> int:  # fmt: skip
     """Serve the engine at `url` on a socket until SIGINT or SIGTERM: the exit code.
 
     Raises:
@@ -110,7 +126,7 @@ async def serve_in_front(url: str, public: socket.socket, settings: Settings, *,
     """
     log_to_stderr(settings.log_format)
     http = Http(url, os.environ.get(KEY, ""))
-    front = Front(http, settings, base_path=base_path, max_rank=max_rank)
+    front = Front(http, settings, base_path=base_path, max_rank=max_rank, kind=kind, beside=beside)
     server = public_server(front, settings.drain, settings.certificate)
     codes: list[int] = []
 

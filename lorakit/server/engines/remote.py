@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
@@ -163,7 +163,7 @@ class RemoteEngine:
         self._told: set[str] = set()
 
     @classmethod
-    async def connect(cls, http: Http, store: Path, *, base_path: str, slots: int, max_rank: int) -> RemoteEngine:
+    async def connect(cls, http: Http, store: Path, *, base_path: str, slots: int, max_rank: int) -> Self:
         """Ask what it can do, and take out what an earlier gateway on this store left there; `slots`: use no more.
 
         Raises:
@@ -186,8 +186,7 @@ class RemoteEngine:
             numbers = sorted(await adapters_inside(self._http.call))
             if len(numbers) == len(there):  # numbered as they came
                 self._numbers = dict(zip(there, numbers, strict=True))
-            for name in ours:
-                await self.remove(name)
+            await self._take_up(ours)
         else:
             self._named = set(ours)
         places = self._limits.slots - (len(there) - len(ours))
@@ -196,6 +195,11 @@ class RemoteEngine:
         # What can't be freed is not let go of either, for as long as there is place.
         memory = places if self._offers.for_good else 0
         self._limits = replace(self._limits, slots=min(slots, places), memory=memory)
+
+    async def _take_up(self, ours: list[str]) -> None:
+        """What an earlier gateway left there, and can be taken out."""
+        for name in ours:
+            await self.remove(name)
 
     async def close(self) -> None:
         """Leave nothing behind, as far as that can be."""
@@ -246,6 +250,7 @@ class RemoteEngine:
     async def remove(self, name: str) -> None:
         self._named.discard(name)
         await self._http.call("POST", UNLOAD, {"lora_name": name})
+        await self._ended(name)
         if (number := self._numbers.pop(name, None)) is not None:
             await take_out(self._http.call, number)
             return
@@ -254,6 +259,9 @@ class RemoteEngine:
         self._say_once(
             f"the engine at {self._http.url} removes no adapter: what is unloaded keeps its place until it is needed"
         )
+
+    async def _ended(self, name: str) -> None:
+        """Until no request for it is in the engine: all come through here, and were counted out."""
 
     async def try_out(self, name: str) -> str | None:
         return await wrong_with_first_token(self.call, name) if self.serves(COMPLETIONS) else None

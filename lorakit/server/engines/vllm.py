@@ -44,6 +44,10 @@ OWN_FLAGS = {
 
 # What its metrics say of it: how many adapters fit, and where its cache is (on a CPU that has a size in bytes).
 _SLOTS = re.compile(rb'^vllm:lora_requests_info\{[^}]*max_lora="(\d+)"', re.M)
+_ASKED = re.compile(rb"^vllm:lora_requests_info\{([^}]*)\} ([0-9.e+]+)", re.M)
+_ASKED_FOR = re.compile(rb'(?:running|waiting)_lora_adapters="([^"]*)"')
+_IN_FLIGHT = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)", re.M)
+_TOGETHER = 5.0  # seconds within which several engines behind one address tell of themselves
 _CACHE = re.compile(rb"^vllm:cache_config_info\{[^}]*\}", re.M)
 _CACHE_ON_CPU = re.compile(rb'(?:kv_cache_memory_bytes|cpu_kvcache_space_bytes)="(?!None")')
 
@@ -237,6 +241,18 @@ def tokens_counted(metrics: bytes) -> float | None:
     """How many tokens it has read and written so far, from what it counts itself; None where it does not count."""
     found = _TOKENS.findall(metrics)
     return sum(float(count) for count in found) if found else None
+
+
+def adapters_asked(metrics: bytes) -> frozenset[str]:
+    """The adapters that requests are in the engine for. It keeps a series for each set that there ever was, with the
+    time at which that was so, and tells of no set at all once there is nothing in it."""
+    counts = [float(count) for count in _IN_FLIGHT.findall(metrics)]
+    told = [(float(when), labels) for labels, when in _ASKED.findall(metrics)]
+    if not told or (counts and not any(counts)):
+        return frozenset()
+    newest = max(when for when, _ in told)
+    sets = [names for when, labels in told if when > newest - _TOGETHER for names in _ASKED_FOR.findall(labels)]
+    return frozenset(name.decode() for names in sets for name in names.split(b",") if name)
 
 
 def undecorated(line: str) -> str:

@@ -83,6 +83,7 @@ class Leaving:
         known = self._known
         held = {revision.id: "an alias means it" for revision in known.targets(run)}
         held |= dict.fromkeys(run.aliases.values(), "an alias points at it")
+        held |= {revision.id: "it shares an alias" for _, revision in run.split_among()}
         if (final := run.select("final")) is not None:
             held[final.id] = "it is the run's last save"
         if (before := await known.before(run)) is not None:

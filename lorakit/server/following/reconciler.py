@@ -28,11 +28,13 @@ from lorakit.server.following.retention import retention_of
 from lorakit.server.following.rules import finished_between
 from lorakit.server.following.served import Served, about
 from lorakit.server.following.smoke import read_smokes, what_fails
+from lorakit.server.following.splitting import Splitting, named_in, own_alias
 from lorakit.server.following.watcher import Sight
 from lorakit.server.settings import Settings
+from lorakit.server.sharing.comparison import Comparison
 from lorakit.store.catalog import Revision, Run, best, latest
 from lorakit.store.mixes import RUN as MIXES
-from lorakit.store.names import check_alias, check_name, parse_selector
+from lorakit.store.names import check_name, parse_selector
 from lorakit.store.store import Store
 
 
@@ -48,6 +50,9 @@ class Reconciler(Served):
         self._leaving = Leaving(self, self._changes, retention_of(settings.keep_revisions, settings.retention))
         self._guard = Guard(self, self._go_back)
         self.observers.append(self._guard.observe)
+        self.shadow_observers.append(self._guard.observe_shadow)
+        self.comparison = Comparison(self)
+        self.splitting = Splitting(self, self._changes, self.comparison, self._prove)
         self._following: dict[str, asyncio.Task[None]] = {}
         self._unsettled: set[str] = set()  # runs of which something changed since they were compared
         self._moved: dict[str, float] = {}  # when a run that is followed was last loaded
@@ -137,6 +142,7 @@ class Reconciler(Served):
         self.mixes.look()
         if not self.converged and self._readying is None and self._nothing_pending(sights):
             self._readying = asyncio.create_task(self._become_ready())
+        await self.splitting.look()
 
     def _nothing_pending(self, sights: Sequence[Sight]) -> bool:
         """Whether every adapter named at start is settled: a watched folder may hold unfinished ones for ever."""
@@ -263,7 +269,11 @@ class Reconciler(Served):
         self.events.tell("held", told, reason=reason, **about(revision))
 
     async def _go_back(self, revision: Revision, reason: str) -> None:
-        """Point a name that follows at what it pointed at before, and never back by itself."""
+        """Let nothing that shares a name with it ask it any more; and point a name that follows at what it pointed at
+        before, and never back by itself."""
+        await self.splitting.take_out(revision, reason)
+        if not self.is_followed_to(revision):
+            return
         run = self.runs.get(revision.run)
         before = await self.before(run) if run is not None else None
         if run is None or before is None:
@@ -346,29 +356,24 @@ class Reconciler(Served):
             NotFound: there is no such adapter, or no such revision.
             Refused: the alias can't be one.
         """
-        if alias in ("", name, "default"):
-            alias = ""
-        else:
-            check_alias(alias)
-        selector = selector.removeprefix(f"{name}@")  # to `sql`, `sql@step-500` and `step-500` are the same
-        run = self.run_named(name)
-        revision = run.select(selector, self._failed.keys())
-        if revision is None:
-            raise NotFound(f"'{name}' has no revision '{selector}'")
+        alias = own_alias(name, alias)
+        revision = named_in(self.run_named(name), selector, self)
         await self._prove(revision)
         async with self._changes.of(name):
-            pinned = None if alias else parse_selector(selector).alias != self.settings.follow
+            own = selector.removeprefix(f"{name}@")
+            pinned = None if alias else parse_selector(own).alias != self.settings.follow
             await self.move(self._run_of(revision), alias, revision, "set", pinned=pinned)
         self._unsettled.add(name)
         return revision
 
     async def rollback(self, name: str) -> Revision:
-        """Point the default alias at what it pointed at before, and keep it there.
+        """Point the default alias at what it pointed at before, or at the main one of those that share it, and keep it
+        there.
 
         Raises:
             NotFound: there is no such adapter, or nothing it pointed at before.
         """
-        revision = await self.before(self.run_named(name))
+        revision = await self.rolled_back(self.run_named(name))
         if revision is None:
             raise NotFound(f"'{name}' has pointed at nothing else before, so there is nothing to roll back to")
         await self._prove(revision)

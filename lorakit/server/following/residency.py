@@ -82,6 +82,16 @@ class Residency:
         return self._room.memory
 
     @property
+    def has_room(self) -> bool:
+        """Whether one more could come in and answer without another having to wait, or to go that is to stay."""
+        if self._wants or sum(resident.busy for resident in self.residents) >= self._room.slots:
+            return False
+        return len(self._residents) < self._room.memory or any(
+            not resident.busy and not any(self._kept(name) or self._pinned(name) for name in resident.names)
+            for resident in self.residents
+        )
+
+    @property
     def waiting(self) -> int:
         """Requests, and others, that wait for an adapter to come in."""
         return sum(want.waiters for want in self._wants.values())

@@ -5,7 +5,8 @@ Its state changes on the event loop alone, so what a request sees between two of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ from lorakit.server.following.residency import NoSlot, Residency
 from lorakit.server.following.rules import followed, why_not
 from lorakit.server.following.watcher import Place
 from lorakit.server.mixes.kept import Mixes
-from lorakit.server.requests.answered import Answered, Observer
+from lorakit.server.requests.answered import Answered, Observer, ShadowObserver
 from lorakit.server.settings import Settings
+from lorakit.server.sharing.choosing import chosen
 from lorakit.server.sight.events import Events
 from lorakit.store.catalog import Revision, Run, best, latest
 from lorakit.store.names import split_model
+from lorakit.store.splits import Split, split_said
 from lorakit.store.store import Store
 
 
@@ -47,6 +50,7 @@ class Served:
         self.waiting: dict[Place, Waiting] = {}
         self.requests: dict[int, int] = {}
         self.observers: list[Observer] = []  # each is told of every answer when it has ended
+        self.shadow_observers: list[ShadowObserver] = []  # and of every one that was made for nobody
         self.converged = False  # what was named at start, and what aliases meant before, answers or is refused
         self._unproven: set[int] = set()  # found, and not yet tried out in the engine
         self._proven: set[int] = set()  # once in the engine, and answered there
@@ -54,10 +58,14 @@ class Served:
         self.passed_over: dict[int, str] = {}  # what no default alias moves to by itself, with the reason
         self._loading: set[int] = set()
         self._seconds: dict[int, dict[str, float]] = {}  # that it took until the engine, of what is on its way there
+        self._anybody: Counter[tuple[str, str]] = Counter()  # requests from nobody, of each alias that is split
         self.mixes = Mixes(self)
 
-    def resolve(self, model: str) -> Revision | None:
+    def resolve(self, model: str, asker: str | int | None = None) -> Revision | None:
         """The revision that a `model` means; None for the base.
+
+        Args:
+            asker: who asks for an answer, as `asker_for` says; without, what is split means its main revision.
 
         Raises:
             NotFound: there is no such model, or nothing of it is ready.
@@ -67,13 +75,40 @@ class Served:
         name, selector = split_model(model)
         run = self.runs.get(name)
         revision = None
-        if run is not None:
+        if run is not None and asker is not None and (split := _split(run, selector)) is not None:
+            revision = self._shared(run, split, asker)
+        elif run is not None:
             # a name by itself is asked for at every request, and a run may have thousands of revisions
             revision = self._default(run) if selector is None else run.select(selector, self.unusable)
         revision = revision or self.mixes.find(model)
         if revision is None:
             raise NotFound(f"The model `{model}` does not exist{self._why_not(name, run)}")
         return revision
+
+    def split_of(self, model: str) -> tuple[Run, str, Split] | None:
+        """The run, the alias and the split that a `model` means; None where it is not split."""
+        name, selector = split_model(model)
+        run = self.runs.get(name)
+        split = _split(run, selector) if run is not None else None
+        return (run, selector or "", split) if run is not None and split is not None else None
+
+    def asker_for(self, model: str, asker: str | None) -> str | int | None:
+        """Whoever asks for a model; if that is nobody, the number of the request among those of nobody. None where it
+        makes no difference."""
+        if (found := self.split_of(model)) is None or asker is not None:
+            return asker
+        whose = found[0].name, found[1]
+        self._anybody[whose] += 1
+        return self._anybody[whose]
+
+    def _shared(self, run: Run, split: Split, asker: str | int) -> Revision | None:
+        usable = {
+            run.revisions[id].name: id
+            for id in split.shares
+            if id in run.revisions and id not in self._unproven and id not in self._failed
+        }
+        shares = {name: split.shares[id] for name, id in usable.items()}
+        return run.revisions[usable[chosen(shares, split.seed, asker)]] if shares else None
 
     def is_base(self, model: str) -> bool:
         return model == self.engine.limits.base
@@ -85,6 +120,11 @@ class Served:
     def _default(self, run: Run) -> Revision | None:
         target = run.aliases.get("", -1)
         return None if target in self._unproven or target in self._failed else run.revisions.get(target)
+
+    @property
+    def refused(self) -> Collection[int]:
+        """The revisions that the engine refused."""
+        return self._failed.keys()
 
     @property
     def unusable(self) -> set[int]:
@@ -124,6 +164,7 @@ class Served:
         possible = self.possible(run)
         found = [possible.get(run.aliases.get("", -1)), latest(run.finishes, possible), best(run.finishes, possible)]
         found += [possible.get(target) for target in run.aliases.values()]
+        found += [possible.get(revision.id) for _, revision in run.split_among()]
         return list({revision.id: revision for revision in found if revision is not None}.values())
 
     # steps
@@ -146,7 +187,7 @@ class Served:
         except LoadFailed as error:
             if not await self.engine.alive():  # nothing is known of the adapter by that
                 raise NoSlot(f"the engine does not answer, so '{revision.name}' was not loaded") from None
-            if not self._is_known(revision):
+            if not self.is_known(revision):
                 raise
             self._failed[revision.id] = str(error)
             self.events.tell(
@@ -204,24 +245,44 @@ class Served:
 
     async def move(
         self, run: Run, alias: str, revision: Revision, why: str, *, pinned: bool | None = None,
-        passed_over: Mapping[int, str] | None = None,
+        passed_over: Mapping[int, str] | None = None, split: Split | None = None,
     ) -> None:  # fmt: skip
-        """Point an alias at a revision, for the next request on; the rest as in the store."""
-        await file_work(
-            self.store.move_alias, run.name, alias, revision.id, why, pinned=pinned, passed_over=passed_over
-        )
+        """Point an alias at a revision, or have it split with that as the main one, for the next request on; the rest
+        as in the store."""
+        more: dict[str, Any] = {"pinned": pinned, "passed_over": passed_over, "split": split}
+        await file_work(self.store.move_alias, run.name, alias, revision.id, why, **more)
         run.aliases[alias] = revision.id
+        run.splits.pop(alias, None)
         self.passed_over |= passed_over or {}
-        self.passed_over.pop(revision.id, None)
+        for id in (revision.id, *(split.members if split is not None else ())):
+            self.passed_over.pop(id, None)
         if pinned is not None:
             run.pinned = pinned
         shown = f"{run.name}@{alias}" if alias else run.name
-        self.events.tell("alias", f"{shown} is now {revision.name}", alias=shown, why=why, **about(revision))
+        if split is None:
+            self.events.tell("alias", f"{shown} is now {revision.name}", alias=shown, why=why, **about(revision))
+            return
+        run.splits[alias] = split
+        said = split_said(split, run.revisions)
+        self.events.tell("split", f"{shown} is now {split_text(said)}", alias=shown, why=why, **said, **about(revision))
 
-    def _is_known(self, revision: Revision) -> bool:
+    def is_known(self, revision: Revision) -> bool:
         """Whether it was not forgotten meanwhile."""
         run = self.runs.get(revision.run)
         return revision.id in (run.revisions if run is not None else {one.id for one in self.mixes.revisions()})
+
+    def is_followed_to(self, revision: Revision) -> bool:
+        """Whether a name moved there by itself, and may move away again."""
+        run = self.runs.get(revision.run)
+        follows = run is not None and not run.pinned and self.settings.follow != "manual"
+        return follows and run is not None and run.aliases.get("") == revision.id
+
+    async def rolled_back(self, run: Run) -> Revision | None:
+        """Where a rollback of the default alias leads: the main revision where several share it; None for nowhere."""
+        split = run.splits.get("")
+        if split is not None and len(split.shares) > 1:
+            return run.revisions.get(split.main)
+        return await self.before(run)
 
     async def before(self, run: Run) -> Revision | None:
         """What the default alias pointed at before, if that can be served."""
@@ -233,6 +294,17 @@ class Served:
         if run is None:
             raise NotFound(f"there is no adapter '{name}'")
         return run
+
+
+def _split(run: Run, selector: str | None) -> Split | None:
+    """How the alias behind the @ of a model is split, or without one the default; None where it is not."""
+    return run.splits.get(selector or "") if selector != "" else None
+
+
+def split_text(said: Mapping[str, Any]) -> str:
+    """What `split_said` says, to a person."""
+    shares = ", ".join(f"{share['share']:.3g} of {share['revision']}" for share in said["shares"])
+    return f"{shares}, with {' and '.join(said['shadow'])} as shadow" if said["shadow"] else shares
 
 
 def about(revision: Revision) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lorakit.server.sharing.texts import Agreement
 from lorakit.store.catalog import Revision
 
 
@@ -33,4 +34,16 @@ class Answered:
     key: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Shadowed:
+    """What came of a request that a revision was to answer for nobody: `answer` is None where there was no room for it,
+    `agreement` with what its client was told is None where the two can't be compared."""
+
+    model: str  # as the client asked for it
+    revision: Revision
+    answer: Answered | None = None
+    agreement: Agreement | None = None
+
+
 Observer = Callable[[Answered], None]
+ShadowObserver = Callable[[Shadowed], None]

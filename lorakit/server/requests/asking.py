@@ -41,6 +41,8 @@ from lorakit.server.requests.stored_responses import PATH as RESPONSES
 from lorakit.server.requests.stored_responses import NoResponse, Spend, StoredResponses, is_of_stored
 from lorakit.server.requests.templates import OwnTemplates
 from lorakit.server.requests.usage import asking_for_usage
+from lorakit.server.sharing.choosing import asker_of
+from lorakit.server.sharing.shadows import Shadows
 from lorakit.store.catalog import Revision
 from lorakit.store.mixes import RUN as MIXES
 from lorakit.store.names import split_model
@@ -88,8 +90,10 @@ class Asking:
         )
         self._stored = StoredResponses(reconciler.engine, spend)
         self._templates = OwnTemplates()
+        self._shadows = Shadows(reconciler, self._members)
 
     async def close(self) -> None:
+        await self._shadows.close()
         await self._stored.close()
 
     def takes(self, scope: Scope, path: str) -> bool:
@@ -136,7 +140,8 @@ class Asking:
             if adapter == MIXES or known.has(adapter):  # of others nobody is to learn how busy they are
                 leaving.enter_context(self._in_flight.to_adapter(adapter))
             begun = exchange.seconds
-            revision, resident = await self._acquire(model, known)
+            asker = known.asker_for(model, asker_of(exchange.path, asked.said, rights.key))
+            revision, resident = await self._acquire(model, known, asker)
             if resident is not None:
                 leaving.callback(self._reconciler.residency.done, resident)
             exchange.revision, exchange.waited = revision, exchange.seconds - begun
@@ -148,14 +153,18 @@ class Asking:
             background = bool(asked.said.get("background"))
             receive = replayed(body, patience.receive)
             scope = with_length(scope, len(body))
+            mirrored = self._shadows.mirrored(scope, exchange, asked, len(body))
             del asked, body  # large ones are not kept for as long as the answer takes
             if not patience.over:
                 send, found = self._named(patience, revision, resident, rights.key)
+                send = send if mirrored is None else mirrored.heard.hearing(send)
                 try:
                     await self._engine.answer(scope, receive, send)
                 finally:
                     if found and background:
                         self._stored.hold(found[0], leaving.pop_all())
+            if mirrored is not None:
+                self._shadows.begin(mirrored)
 
     def _model_of(self, asked: Asked, path: str) -> str | None:
         """None where it names none, and need not.
@@ -172,8 +181,10 @@ class Asking:
             raise NoModel("the body has to be a JSON object with a string `model`")
         return model
 
-    async def _acquire(self, model: str, known: Served) -> tuple[Revision | None, Resident | None]:
-        """The revision that a model means now to whoever sees `known`, counted in: between the two nothing else runs.
+    async def _acquire(
+        self, model: str, known: Served, asker: str | int | None
+    ) -> tuple[Revision | None, Resident | None]:
+        """The revision that a model means now to who asks and sees `known`, counted in: between them nothing else runs.
 
         Raises:
             NotFound: there is none.
@@ -183,7 +194,7 @@ class Asking:
         reconciler = self._reconciler
         while True:
             mixed = model.startswith(OPENS)
-            revision = await known.mixes.revision_for(model) if mixed else known.resolve(model)
+            revision = await known.mixes.revision_for(model) if mixed else known.resolve(model, asker)
             if revision is None:
                 return None, None
             resident = reconciler.residency.use(revision.name)

@@ -55,6 +55,8 @@ def levels(known: Served) -> list[Level | Count]:
               {(state,): count for state, count in _unserved(known).items()}),
         Level("lorakit_alias_info", "Which revision an alias means now.", ("alias", "revision"),
               {(alias, revision.name): 1 for alias, revision in info}),
+        Level("lorakit_split_share", "The share of an alias' requests that a revision answers, where several do.",
+              ("alias", "revision"), dict(islice(_shares(known), MOST_ALIASES))),
         Level("lorakit_alias_step", "The step of the revision that an alias means now.", ("alias",), steps),
         _adapters_info(known, residents),
     ]  # fmt: skip
@@ -70,6 +72,14 @@ def _pointed_at(known: Served) -> Iterable[tuple[str, Revision]]:
         for alias, id in run.aliases.items():
             if id in run.revisions:
                 yield f"{name}@{alias}" if alias else name, run.revisions[id]
+
+
+def _shares(known: Served) -> Iterable[tuple[Labels, float]]:
+    for name, run in known.runs.items():
+        for alias, split in run.splits.items():
+            for id, share in split.shares.items():
+                if id in run.revisions:
+                    yield (f"{name}@{alias}" if alias else name, run.revisions[id].name), share
 
 
 def _adapters_info(known: Served, residents: Iterable[Resident]) -> Level:

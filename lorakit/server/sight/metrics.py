@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 
 from lorakit.server.engines.vllm import ADAPTERS_INFO
+from lorakit.server.following.guard import failed
 from lorakit.server.following.served import Served
-from lorakit.server.requests.answered import Answered
+from lorakit.server.requests.answered import Answered, Shadowed
 from lorakit.server.sight.events import Event
 from lorakit.server.sight.levels import MOST_ALIASES, levels
 from lorakit.server.sight.tallies import Count, Times, exposition
@@ -52,9 +53,15 @@ class Metrics:
         )  # fmt: skip
         self.switches = Count("lorakit_alias_switches", "Moves of an alias to a revision, and why.", ("alias", "why"))
         self.rollbacks = Count("lorakit_rollbacks", "Moves back to what an alias pointed at before.", ("alias",))
+        self.shadows = Count(
+            "lorakit_shadow_answers",
+            "Requests for shadows: answered, failed, or dropped for want of room.",
+            ("alias", "result"),
+        )
         self.refused = Count("lorakit_refused_revisions", "What is not served, by the kind of reason.", ("reason",))
         self.events = Count("lorakit_events", "What /v1/events told, by its type.", ("type",))
         known.observers.append(self.answered)
+        known.shadow_observers.append(self.shadowed)
         known.events.listeners.append(self.told)
 
     # what happens
@@ -73,9 +80,14 @@ class Metrics:
         if generated:
             self.generated.add(alias, amount=generated)
 
+    def shadowed(self, shadowed: Shadowed) -> None:
+        bad = failed(shadowed.answer) if shadowed.answer is not None else False
+        result = "dropped" if shadowed.answer is None else "failed" if bad else "answered"
+        self.shadows.add(self._alias(shadowed.model, shadowed.revision), result)
+
     def told(self, event: Event) -> None:
         self.events.add(event.kind)
-        if event.kind == "alias":
+        if event.kind in ("alias", "split"):
             alias = self._bounded(event.data["alias"])
             why = event.data["why"].partition(":")[0].replace(" ", "_")
             self.switches.add(alias, why)
@@ -118,7 +130,7 @@ class Metrics:
     def _by_alias(self) -> tuple[Count | Times, ...]:
         return (
             self.requests, self.prompt_tokens, self.generated, self.seconds, self.first_byte, self.switches,
-            self.rollbacks,
+            self.rollbacks, self.shadows,
         )  # fmt: skip
 
     # what is told

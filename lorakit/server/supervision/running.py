@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING
 
 from lorakit.errors import Conflict
 from lorakit.server.engines import vllm
@@ -16,6 +17,10 @@ from lorakit.server.supervision.supervisor import Supervisor, Times, listen
 from lorakit.server.supervision.takeover import SUFFIX, take_over
 from lorakit.store.serving import serving
 from lorakit.store.store import open_store
+
+if TYPE_CHECKING:
+    from lorakit.server.engines.front import Beside
+    from lorakit.server.engines.remote import RemoteEngine
 
 
 def run_engine(
@@ -51,7 +56,10 @@ def run_engine(
     return supervisor.exit_code
 
 
-def run_in_front(url: str, settings: Settings, *, base_path: str, max_rank: int, host: str, port: int) -> int:
+def run_in_front(
+    url: str, settings: Settings, *, base_path: str, max_rank: int, host: str, port: int,
+    kind: type[RemoteEngine] | None = None, beside: Beside | None = None,
+) -> int:  # fmt: skip
     """A gateway before an engine that somebody else started, until a signal ends it: the exit code.
 
     Raises:
@@ -59,11 +67,16 @@ def run_in_front(url: str, settings: Settings, *, base_path: str, max_rank: int,
         EngineFailed: the engine can't be used.
     """
     from lorakit.server.engines.front import serve_in_front
+    from lorakit.server.engines.remote import RemoteEngine
 
     with closing(listen(host, port)) as public:
         where = _url(settings, host, public.getsockname()[1])
         print(own_line(f"the engine at {url}, on {where}", settings.log_format), file=sys.stderr, flush=True)
-        return asyncio.run(serve_in_front(url, public, settings, base_path=base_path, max_rank=max_rank))
+        return asyncio.run(
+            serve_in_front(
+                url, public, settings, base_path=base_path, max_rank=max_rank, kind=kind or RemoteEngine, beside=beside
+            )
+        )
 
 
 def _times(settings: Settings) -> Times:
