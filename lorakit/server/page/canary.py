@@ -44,7 +44,7 @@ def canary_card(view: Mapping[str, Any], *, admin: bool) -> Markup:
 
 def _split(name: str, split: Mapping[str, Any], *, admin: bool) -> Markup:
     """A bar of its shares, and who they are of."""
-    shares = sorted(reversed(split["shares"]), key=lambda one: -one["share"])  # of equals the last is the main one
+    shares = sorted(split["shares"], key=lambda one: one["share"])[::-1]  # of equals the last is the main one
     bar = joined(Markup('<i style="width:{}%"></i>').format(f"{one['share'] * 100:.4g}") for one in shares)
     told = joined(
         (

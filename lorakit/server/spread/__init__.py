@@ -1,0 +1,1 @@
+"""Several engines behind one gateway: which of them has what, and which of them answers."""
