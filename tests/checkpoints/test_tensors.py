@@ -205,7 +205,7 @@ def test_a_file_that_is_written_again_is_noticed(tmp_path: Path) -> None:
         opened.ensure_unchanged()
 
 
-@pytest.mark.parametrize("run", ["ddp", "fsdp", "fsdp-async"])
+@pytest.mark.parametrize("run", ["ddp", "fsdp", pytest.param("fsdp-async", marks=pytest.mark.slow)])
 def test_tensors_in_pieces_of_two_ranks_are_those_that_torch_puts_together(
     trainers: Trainers, tmp_path: Path, run: str
 ) -> None:
