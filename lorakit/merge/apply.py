@@ -124,10 +124,11 @@ class Stepper:
 
     def _goes_in_one(self, step: AddProduct) -> bool:
         """Whether product, factor and sum can be one call, a third faster, with the same bits: a factor that is a
-        power of two rounds nothing, and a product that is summed up in one go is there before it is added.
+        power of two rounds nothing, and a product that is summed up in one go is there before it is added. One of rank
+        1 is not: where the processor can, each of its numbers is added as it is made, and rounded once.
         """
         is_power_of_two = abs(math.frexp(step.factor)[0]) == 0.5
-        return is_power_of_two and step.rank <= ONE_GO and not step.transposed and not self._is_whole(step)
+        return is_power_of_two and 1 < step.rank <= ONE_GO and not step.transposed and not self._is_whole(step)
 
     def _delta(self, step: AddProduct, first: int, count: int) -> torch.Tensor:
         """Rows of factor · B A, or of its transpose; in a buffer that the next call uses again."""

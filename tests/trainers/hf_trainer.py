@@ -55,8 +55,8 @@ def lora(base: str, out: Path, **settings: Any) -> None:
 
 
 def whole(base: str, out: Path) -> None:
-    """Every checkpoint stays; so high a rate that the last is not the best."""
-    train("whole", base, out, base_model(base), learning_rate=0.3, lr_scheduler_type="constant")
+    """Every checkpoint stays; so high a rate that each step makes it worse."""
+    train("whole", base, out, base_model(base), learning_rate=1.0, lr_scheduler_type="constant")
 
 
 def weights_only(base: str, out: Path) -> None:
