@@ -138,8 +138,8 @@ class Engine:
                 return request, adapter
             stuck += adapter not in self.answering and self.now - waiting.since >= self.size.fair_wait
         if stuck > len(self.yielding):
-            idle_first = (one for one in self.inside if one in self.answering and one not in self.yielding)
-            self.yielding.update(islice(idle_first, 1))
+            oldest_first = (one for one in self.inside if one in self.answering and one not in self.yielding)
+            self.yielding.update(islice(oldest_first, 1))
         return None
 
     def make_place(self) -> tuple[bool, int | None]:

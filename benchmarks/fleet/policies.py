@@ -35,7 +35,6 @@ class Plain:
     """Who is alive and how many requests each has: all that most rules look at."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
-        self.engines = engines
         self.alive = [engine.number for engine in engines]
         self.in_flight = [0] * len(engines)
         self.chance = random.Random(0)
@@ -111,13 +110,15 @@ class Hashing(Plain):
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         super().__init__(engines)
-        self.rings = {rank: Ring() for rank in sorted(self.pool_of(engine) for engine in engines)}
+        self.pools = self.pools_of(engines)
+        self.rings = {pool: Ring() for pool in sorted(self.pools)}
         self.totals = dict.fromkeys(self.rings, 0)
-        for engine in engines:
-            self.rings[self.pool_of(engine)].join(str(engine.number))
+        for engine, pool in zip(engines, self.pools, strict=True):
+            self.rings[pool].join(str(engine.number))
 
-    def pool_of(self, engine: Engine) -> int:
-        return max(one.rank for one in self.engines)
+    def pools_of(self, engines: Sequence[Engine]) -> list[int]:
+        """The largest rank of each engine's pool: here of all of them."""
+        return [max(engine.rank for engine in engines)] * len(engines)
 
     def choose(self, adapter: int, run: int, rank: int) -> tuple[int, int | None]:
         pool = next(pool for pool in self.rings if pool >= rank and len(self.rings[pool]))
@@ -131,28 +132,27 @@ class Hashing(Plain):
 
     def begun(self, engine: int, adapter: int) -> None:
         super().begun(engine, adapter)
-        self.totals[self.pool_of(self.engines[engine])] += 1
+        self.totals[self.pools[engine]] += 1
 
     def ended(self, engine: int, adapter: int) -> None:
         super().ended(engine, adapter)
-        self.totals[self.pool_of(self.engines[engine])] -= 1
+        self.totals[self.pools[engine]] -= 1
 
     def died(self, engine: int) -> None:
-        pool = self.pool_of(self.engines[engine])
-        self.totals[pool] -= self.in_flight[engine]
+        self.totals[self.pools[engine]] -= self.in_flight[engine]
         super().died(engine)
-        self.rings[pool].leave(str(engine))
+        self.rings[self.pools[engine]].leave(str(engine))
 
     def joined(self, engine: int) -> None:
         super().joined(engine)
-        self.rings[self.pool_of(self.engines[engine])].join(str(engine))
+        self.rings[self.pools[engine]].join(str(engine))
 
 
 class RankPools(Hashing):
     """The same within the engines of the smallest largest rank that is large enough."""
 
-    def pool_of(self, engine: Engine) -> int:
-        return engine.rank
+    def pools_of(self, engines: Sequence[Engine]) -> list[int]:
+        return [engine.rank for engine in engines]
 
 
 class Product:

@@ -33,13 +33,13 @@ class Comparisons:
     async def of(self, revisions: list[Revision]) -> dict[str, Any]:
         """Raises NotFound, Refused as `lorakit compare` does."""
         key = tuple(revision.digest for revision in revisions)
-        async with self._turn:
-            found = self._known.get(key)
-            if found is None:
-                found = self._known[key] = await asyncio.to_thread(_compared, revisions)
-                if len(self._known) > _REMEMBERED:
-                    self._known.popitem(last=False)
-        return found
+        if key not in self._known:
+            async with self._turn:
+                if key not in self._known:  # another may have asked for the same
+                    self._known[key] = await asyncio.to_thread(_compared, revisions)
+                    if len(self._known) > _REMEMBERED:
+                        self._known.popitem(last=False)
+        return self._known[key]
 
 
 def comparison_router() -> APIRouter:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,17 @@ class Syncing:
     async def _look(self) -> None:
         if not await self._engine.alive():
             return
-        self._hold(await self._engine.asked())
-        await self._bring_in()
+        asked = await self._engine.asked()
+        meant = list(self._meant())
+        self._hold(asked, self._worth(meant))
+        await self._bring_in(revision for _, revision in meant)
         if self._known.converged:
             await self._engine.clear_up()
         await self._say_names()
 
-    def _hold(self, asked: frozenset[str]) -> None:
+    def _hold(self, asked: frozenset[str], worth: Mapping[str, int]) -> None:
         now, residency = time.monotonic(), self._known.residency
-        there, worth = residency.residents, self._worth()
+        there = residency.residents
         self._wanted = {resident: when for resident, when in self._wanted.items() if resident in there}
         self._held &= set(there)
         in_flight = {resident for resident in there if resident.engine_name in asked}
@@ -87,18 +89,18 @@ class Syncing:
             self._held.discard(resident)
             self._known.residency.done(resident)
 
-    async def _bring_in(self) -> None:
+    async def _bring_in(self, meant: Iterable[Revision]) -> None:
         """What aliases mean, as far as there is place: nobody's request does."""
-        for revision in [revision for _, revision in self._meant()]:
+        for revision in meant:
             if self._known.residency.find(revision.name) is None and self._known.residency.has_room:
                 with contextlib.suppress(LoadFailed, NoSlot):
                     await self._known.bring_in(revision)
 
-    def _worth(self) -> dict[str, int]:
+    def _worth(self, meant: Iterable[tuple[str, Revision]]) -> dict[str, int]:
         """Of each revision that a name means: 2 for what a run or a mix means by itself, 1 for an alias that a person
         set, 0 for the others."""
         runs, worth = self._known.runs, dict[str, int]()
-        for name, revision in self._meant():
+        for name, revision in meant:
             run, _, alias = name.partition("@")
             value = 2 if not alias else 1 if run in runs and alias in runs[run].aliases else 0
             worth[revision.name] = max(value, worth.get(revision.name, 0))
@@ -114,10 +116,12 @@ class Syncing:
 
     async def _say_names(self) -> None:
         """Into the file: what is to be asked for in the place of each name, of those that the engine has."""
+        if self._names is None:
+            return
         residents = {name: self._known.residency.find(revision.name) for name, revision in self._meant()}
         names = {name: found.engine_name for name, found in residents.items() if found is not None and found.proven}
         told = {"base": self._known.engine.limits.base, "names": names}
-        if self._names is not None and told != self._told:
+        if told != self._told:
             await file_work(_write, self._names, json.dumps(told, indent=2) + "\n")
             self._told = told
 

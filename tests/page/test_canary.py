@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.server.page.canary import canary_card, comparison_card, shares_of
-from lorakit.server.page.screens.traffic import rates_of
 
 
 @settings(max_examples=50)
@@ -79,9 +78,3 @@ def test_revisions_stand_side_by_side_with_what_is_known_of_them() -> None:
     for word in ("3, 25 %", "120 ms", "2.5 s", "75 %", ">shadow<"):
         assert word in shown
     assert shown.count("<button") == 1, "a shadow is no candidate"
-
-
-def test_rates_are_what_came_between_two_looks_and_never_less_than_nothing() -> None:
-    looks = [(0.0, {"sql": 5.0}, 0.0), (2.0, {"sql": 9.0, "chat": 2.0}, 0.0), (4.0, {"sql": 1.0, "chat": 2.0}, 0.0)]
-    assert rates_of(looks) == {"chat": [(2.0, 1.0), (4.0, 0.0)], "sql": [(2.0, 2.0), (4.0, 0.0)]}
-    assert rates_of([]) == {}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.server.page import markup
-from lorakit.server.page.screens.playground import answers_cards, mix_text
+from lorakit.server.page.screens.playground import answers_cards
 
 NASTY = "<script>alert(1)</script>\"'&`${x}"
 
@@ -70,9 +70,3 @@ def test_a_line_takes_two_points_and_passes_over_what_is_missing() -> None:
     assert markup.spark([1.0]) == markup.spark([None, 1.0, None]) == ""
     assert 'd="M0.0,2.0 L100.0,22.0"' in markup.spark([3.0, None, 1.0])
     assert 'd="M0.0,2.0 L100.0,2.0"' in markup.spark([3.0, 3.0])
-
-
-def test_a_mix_of_sliders_is_written_as_a_model_is() -> None:
-    assert mix_text(["sql", "chat", "code"], ["0.70", "0.3", "0.00"]) == "mix(sql=0.7,chat=0.3)"
-    assert mix_text(["sql", "sql", ""], ["0.1", "0.2", "1"]) == "mix(sql=0.3)"
-    assert mix_text(["sql", "chat"], ["x", "-0.5"]) == "mix(chat=-0.5)"

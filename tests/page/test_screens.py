@@ -265,6 +265,8 @@ def test_nothing_lies_outside_of_a_narrow_window(tmp_path: Path, there: Running,
         page = visit.open(there.url, path)
         page.get_by_role("heading", level=1).wait_for()
         assert visit.overflow() == [], path
+    visit.open(there.url, "/ui/runs/sql").get_by_role("button", name="Promote").first.wait_for()
+    assert visit.covered() == []
 
 
 class Foreign(BaseHTTPRequestHandler):

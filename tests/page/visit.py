@@ -19,6 +19,15 @@ OVERFLOW = """() => {
   return [...page, ...found.slice(0, 5).map(told)];
 }"""
 
+# What the buttons at the end of a table's row lie over, in that row.
+COVERED = """() => [...document.querySelectorAll(".acts tbody tr")].flatMap((row) => {
+  const end = row.lastElementChild.getBoundingClientRect();
+  const lies = (box) => Math.min(box.right, end.right) - Math.max(box.left, end.left) > 1
+    && Math.min(box.bottom, end.bottom) - Math.max(box.top, end.top) > 1;
+  const others = [...row.querySelectorAll("td:not(:last-child) > *")];
+  return others.filter((one) => lies(one.getBoundingClientRect())).map((one) => one.textContent);
+})"""
+
 
 class Visit:
     """`elsewhere` are requests that left for another host, `wrong` what the console said of errors."""
@@ -63,4 +72,8 @@ class Visit:
 
     def overflow(self) -> list[str]:
         found: list[str] = self.page.evaluate(OVERFLOW)
+        return found
+
+    def covered(self) -> list[str]:
+        found: list[str] = self.page.evaluate(COVERED)
         return found

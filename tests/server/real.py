@@ -25,7 +25,10 @@ import httpx
 
 PROMPTS = ("hello", "the quick brown fox", "0123")
 ENGINE_FLAGS = ("--max-model-len", "256", "--dtype", "float32")
-QUICK = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+QUICK = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+}  # fmt: skip
 
 
 def make_tiny_model(folder: Path) -> Path:
@@ -256,6 +259,26 @@ def serving(base: Path, home: Path, log: Path, *flags: str, engine: Sequence[str
             raise
         assert code == 130
         assert not [pid for pid in started if is_running(pid)]
+
+
+@contextmanager
+def started(folder: Path, *words: str) -> Iterator[Server]:
+    """lorakit with these words of its command line, `serve --engine` or `sync`: ready, with its store and its log in
+    `folder`; ended by SIGTERM."""
+    port, log = free_port(), folder / f"{words[0]}.log"
+    command = [sys.executable, "-m", "lorakit", *words, "--port", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, env={**os.environ, "LORAKIT_HOME": str(folder / "home")}, stdout=stream, stderr=stream
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        with server.client() as client:
+            wait_for(client, "/ready", process, log)
+        yield server
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def is_running(pid: int) -> bool:

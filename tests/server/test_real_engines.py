@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load_file, save_file
 
 from lorakit.server.engines.remote import Http, RemoteEngine
-from tests.server.real import PROMPTS, Server, answer_of, ask, free_port, wait_for, write_checkpoint
+from tests.server.real import PROMPTS, Server, answer_of, ask, started, write_checkpoint
 from tests.world import PLACES, SLOTS, World
 
 pytestmark = pytest.mark.timeout(240)
@@ -62,20 +59,9 @@ class Engine:
 def in_front(base: Path, url: str, folder: Path) -> Iterator[Server]:
     """`lorakit serve --engine`, ready."""
     (folder / "runs").mkdir()
-    port, log = free_port(), folder / "serve.log"
     flags = ("--engine", url, "--watch", str(folder / "runs"), "--max-loras", str(SLOTS), "--max-lora-rank", "8")
-    command = [sys.executable, "-m", "lorakit", "serve", str(base), "--port", str(port), *flags]
-    with log.open("wb") as stream:
-        environ = {**os.environ, "LORAKIT_HOME": str(folder / "home")}
-        process = subprocess.Popen(command, env=environ, stdout=stream, stderr=stream)
-    server = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        with server.client() as client:
-            wait_for(client, "/ready", process, log)
+    with started(folder, "serve", str(base), *flags) as server:
         yield server
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
 
 
 @contextmanager

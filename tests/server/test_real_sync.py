@@ -4,11 +4,8 @@ under names that were never used before, and no answer is stale, mixed or missin
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.real import PROMPTS, Answer, Server, answer_of, ask, free_port, wait_for, write_checkpoint
+from tests.server.real import PROMPTS, Answer, Server, answer_of, ask, started, write_checkpoint
 from tests.world import ADAPTERS, PLACES, World
 
 pytestmark = pytest.mark.timeout(240)
@@ -46,23 +43,13 @@ class Beside:
 @pytest.fixture
 def beside(world: World, tmp_path: Path) -> Iterator[Beside]:
     (tmp_path / "runs").mkdir()
-    port, log, file = free_port(), tmp_path / "sync.log", tmp_path / "names.json"
+    file = tmp_path / "names.json"
     flags = ("--watch", str(tmp_path / "runs"), "--names", str(file), "--max-loras", str(PLACES), "--linger", "3")
-    command = [sys.executable, "-m", "lorakit", "sync", world.plain, "--port", str(port), *flags]
-    with log.open("wb") as stream:
-        environ = {**os.environ, "LORAKIT_HOME": str(tmp_path / "home")}
-        process = subprocess.Popen(command, env=environ, stdout=stream, stderr=stream)
-    server = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        with server.client() as client:
-            wait_for(client, "/ready", process, log)
+    with started(tmp_path, "sync", world.plain, *flags) as server:
         yield Beside(server, world.plain, tmp_path / "runs", file)
         with server.client() as client:  # others need the places
             client.delete("/v1/adapters/sql").raise_for_status()
         server.wait_until(lambda: not revisions_in(world.plain))
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
 
 
 def revisions_in(engine: str) -> list[str]:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,17 @@ async def set_split(served: Served, body: dict[str, Any], alias: str = "sql") ->
     return answer
 
 
+@asynccontextmanager
+async def sharing(
+    folder: Path, base: Path, body: dict[str, Any], *steps: int, **more: Any
+) -> AsyncIterator[tuple[Served, dict[int, str]]]:
+    """A server on which these steps, or else 500 and 600, share the name `sql` as `body` says; and their revisions."""
+    async with serving(folder, base, **more) as served:
+        names = await until_there(served, *(steps or (500, 600)))
+        await set_split(served, body)
+        yield served, names
+
+
 async def asked(served: Served, count: int, model: str = "sql", **more: Any) -> Counter[str]:
     """Which revisions answered so many requests, some at once."""
     counts: Counter[str] = Counter()
@@ -71,9 +84,7 @@ def told(served: Served, kind: str) -> list[dict[str, Any]]:
 
 async def test_requests_from_nobody_are_shared_exactly(tmp_path: Path, numbers: Path) -> None:
     put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, CANARY)
+    async with sharing(tmp_path, numbers, CANARY) as (served, names):
         counts = await asked(served, 400)
         assert abs(counts[names[600]] - 20) <= 2
         assert counts.total() == counts[names[500]] + counts[names[600]] == 400
@@ -82,9 +93,7 @@ async def test_requests_from_nobody_are_shared_exactly(tmp_path: Path, numbers: 
 @pytest.mark.slow
 async def test_of_ten_thousand_requests_the_share_is_within_one_percent(tmp_path: Path, numbers: Path) -> None:
     put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, CANARY)
+    async with sharing(tmp_path, numbers, CANARY) as (served, names):
         assert abs((await asked(served, 10_000))[names[600]] - 500) <= 10
         users = [served.ask("sql", user=f"u{number}") for number in range(10_000)]
         counts: Counter[str] = Counter()
@@ -104,9 +113,7 @@ async def test_a_user_always_meets_the_same_revision_and_a_larger_share_takes_no
         answers = await asyncio.gather(*(served.ask("sql", user=user) for user in users))
         return {user: answer.headers["x-lorakit-revision"] for user, answer in zip(users, answers, strict=True)}
 
-    async with serving(tmp_path, numbers) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, {**HALVES, "seed": 3})
+    async with sharing(tmp_path, numbers, {**HALVES, "seed": 3}) as (served, names):
         before = await met(served)
         assert set(before.values()) == set(names.values())
         assert await met(served) == before
@@ -123,9 +130,7 @@ async def test_anthropics_clients_name_their_user_elsewhere_and_it_counts_the_sa
     tmp_path: Path, numbers: Path
 ) -> None:
     put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        await until_there(served, 500, 600)
-        await set_split(served, HALVES)
+    async with sharing(tmp_path, numbers, HALVES) as (served, _):
         for user in range(10):
             answer = await served.ask("sql", user=f"u{user}")
             body = {"model": "sql", "messages": [], "metadata": {"user_id": f"u{user}"}}
@@ -142,9 +147,7 @@ async def test_a_key_meets_one_revision_where_no_user_is_named(
     store = KeyStore(tmp_path / "home")
     texts = [store.create(Allowance())[0] for _ in range(8)]
     store.close()
-    async with serving(tmp_path, numbers, headers={"Authorization": "Bearer the server's"}) as served:
-        await until_there(served, 500, 600)
-        await set_split(served, HALVES)
+    async with sharing(tmp_path, numbers, HALVES, headers={"Authorization": "Bearer the server's"}) as (served, _):
         assert len(await asked(served, 10)) == 2, "the server's own key is everybody's"
 
         async def met(text: str) -> set[str]:
@@ -177,13 +180,12 @@ async def test_an_alias_is_shared_by_itself_and_what_names_one_revision_means_th
 
 async def test_loraxs_clients_meet_its_revisions_and_its_shadow_too(tmp_path: Path, numbers: Path) -> None:
     put(tmp_path, 500, 600, 700)
-    async with serving(tmp_path, numbers, engine=SpeakingEngine(numbers)) as served:
-        names = await until_there(served, 500, 600, 700)
-        await set_split(served, {**HALVES, "shadow": ["step-700"]})
+    body, engine = {**HALVES, "shadow": ["step-700"]}, SpeakingEngine(numbers)
+    async with sharing(tmp_path, numbers, body, 500, 600, 700, engine=engine) as (served, names):
         found: list[Shadowed] = []
         served.reconciler.shadow_observers.append(found.append)
-        body = {"inputs": "a", "parameters": {"adapter_id": "sql", "max_new_tokens": 4}}
-        answers = [await served.client.post("/generate", json=body) for _ in range(4)]
+        said = {"inputs": "a", "parameters": {"adapter_id": "sql", "max_new_tokens": 4}}
+        answers = [await served.client.post("/generate", json=said) for _ in range(4)]
         assert {answer.headers["x-lorakit-revision"] for answer in answers} == {names[500], names[600]}
         await served.until(lambda: len(found) == 4)
         assert {one.revision.name for one in found} == {names[700]}
@@ -275,9 +277,7 @@ async def test_to_name_one_revision_promotes_it_and_latest_lets_the_name_follow_
     tmp_path: Path, numbers: Path
 ) -> None:
     put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, CANARY)
+    async with sharing(tmp_path, numbers, CANARY) as (served, names):
         put(tmp_path, 700)
         names |= await until_there(served, 700)
         await served.reconciler.step()
@@ -332,9 +332,7 @@ async def test_its_revisions_outlive_retention_and_those_that_have_no_part_go(tm
 
 async def test_requests_in_flight_stay_with_their_revision_when_shares_change(tmp_path: Path, numbers: Path) -> None:
     put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, HALVES)
+    async with sharing(tmp_path, numbers, HALVES) as (served, names):
         held = [asyncio.create_task(served.ask("sql", hold="open")) for _ in range(4)]
         await served.until(lambda: len(served.engine.asked) == 4)
         await set_split(served, {"revision": "step-500"})
@@ -346,9 +344,7 @@ async def test_requests_in_flight_stay_with_their_revision_when_shares_change(tm
 
 async def test_with_one_slot_for_two_revisions_each_has_its_share_all_the_same(tmp_path: Path, numbers: Path) -> None:
     put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers, slots=1, fair_wait=0.01) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, HALVES)
+    async with sharing(tmp_path, numbers, HALVES, slots=1, fair_wait=0.01) as (served, names):
         counts = await asked(served, 40)
         assert abs(counts[names[600]] - 20) <= 2
 
@@ -374,9 +370,7 @@ async def test_a_revision_made_to_fail_is_taken_out_within_ten_seconds_and_passe
     tmp_path: Path, numbers: Path
 ) -> None:
     weights = put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, CANARY)
+    async with sharing(tmp_path, numbers, CANARY) as (served, names):
         await asked(served, 100)
         async with asyncio.timeout(10):
             assert "answers failed, 0% of the others'" in await fail(served, weights[600])
@@ -397,18 +391,14 @@ async def test_a_revision_made_to_fail_is_taken_out_within_ten_seconds_and_passe
 
 async def test_one_that_was_well_for_long_is_taken_out_as_soon(tmp_path: Path, numbers: Path) -> None:
     weights = put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        await until_there(served, 500, 600)
-        await set_split(served, HALVES)
+    async with sharing(tmp_path, numbers, HALVES) as (served, _):
         await asked(served, 450)
         assert re.match(r"(\d+) of its last \1 answers failed", await fail(served, weights[600]))
 
 
 async def test_errors_now_and_then_take_nothing_out(tmp_path: Path, numbers: Path) -> None:
     weights = put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        await until_there(served, 500, 600)
-        await set_split(served, HALVES)
+    async with sharing(tmp_path, numbers, HALVES) as (served, _):
         await asked(served, 60)
         for _ in range(4):
             served.engine.fails = {weights[600]}
@@ -428,9 +418,7 @@ async def test_one_whose_first_token_is_no_number_any_more_is_taken_out_at_its_f
     tmp_path: Path, numbers: Path
 ) -> None:
     weights = put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, CANARY)
+    async with sharing(tmp_path, numbers, CANARY) as (served, names):
         served.engine.broken.add(weights[600])
         assert "first token" in await fail(served, weights[600])
         assert set(await asked(served, 20)) == {names[500]}
@@ -474,9 +462,8 @@ async def test_what_the_engine_refuses_later_is_taken_out_too_and_nobody_waits_f
     tmp_path: Path, numbers: Path
 ) -> None:
     weights = put(tmp_path, 500, 600)
-    async with serving(tmp_path, numbers) as served:
-        await until_there(served, 500, 600)
-        await set_split(served, HALVES)
+    async with sharing(tmp_path, numbers, HALVES):
+        pass
     engine = FakeEngine(numbers)
     engine.refuses.add(weights[600])
     async with serving(tmp_path, numbers, engine=engine) as served:
@@ -502,13 +489,10 @@ async def test_it_outlives_its_server(tmp_path: Path, numbers: Path) -> None:
 KILLED = """
 import asyncio, sys
 from pathlib import Path
-from tests.server.fake_engine import serving
-from tests.server.test_splitting import HALVES, set_split, until_there
+from tests.server.test_splitting import HALVES, sharing
 
 async def main(folder, base):
-    async with serving(folder, base) as served:
-        await until_there(served, 500, 600)
-        await set_split(served, {**HALVES, "seed": 5})
+    async with sharing(folder, base, {**HALVES, "seed": 5}) as (served, _):
         users = [(await served.ask("sql", user=f"u{n}")).headers["x-lorakit-revision"] for n in range(20)]
         print(" ".join(users), flush=True)
         await asyncio.Event().wait()
@@ -594,9 +578,7 @@ async def test_a_key_meets_the_shares_of_its_own_names_and_learns_of_no_others(
     mine, _ = store.create(Allowance(("sql",)))
     others, _ = store.create(Allowance(("chat",), admin=True))
     store.close()
-    async with serving(tmp_path, numbers, headers={"Authorization": "Bearer root"}) as served:
-        names = await until_there(served, 500, 600)
-        await set_split(served, HALVES)
+    async with sharing(tmp_path, numbers, HALVES, headers={"Authorization": "Bearer root"}) as (served, names):
 
         async def get(key: str, path: str) -> httpx.Response:
             return await served.client.get(path, headers={"Authorization": f"Bearer {key}"})

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from lorakit.server.page.markup import (
     DASH,
+    FOUND_BY_ITSELF,
     NOTHING,
     after_at,
     button,
@@ -25,8 +26,7 @@ from lorakit.server.page.markup import (
 )
 
 USUAL = 10  # percent of a canary that is set anew
-ROWS = 2  # revisions in the form, where there is no split yet
-MOST = 4
+MOST = 4  # revisions in the form
 _HEADS = ("Revision", "Share", "Requests", "Errors", "p50", "p95", "First byte", "Tokens", "Agrees", "")
 
 
@@ -81,7 +81,7 @@ def _form(view: Mapping[str, Any], splits: Mapping[str, Any]) -> Markup:
         ).format(n=number, options=options(names.items(), name), percent=percent)
         for number, (name, percent) in enumerate(rows, 1)
     )
-    aliases = [alias for alias in view["aliases"] if alias not in ("latest", "best", "final")]
+    aliases = [alias for alias in view["aliases"] if alias not in FOUND_BY_ITSELF]
     return Markup(
         '<form class="inner stack" data-act="split">'
         '<div class="fields"><div><label for="split-alias">Name</label>'
@@ -108,8 +108,7 @@ def _candidates(view: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str,
 def _rows(names: Mapping[str, str], split: Mapping[str, Any] | None, view: Mapping[str, Any]) -> list[tuple[str, int]]:
     """The split as it is; else the newest against what answers now."""
     if split and len(split["shares"]) > 1:
-        shares = [(after_at(one["revision"]), round(one["share"] * 100)) for one in split["shares"][:MOST]]
-        return [(name, percent) for name, percent in shares]
+        return [(after_at(one["revision"]), round(one["share"] * 100)) for one in split["shares"][:MOST]]
     now = after_at(view["revision"]) if view["revision"] else next(iter(names))
     other = next((name for name in names if name != now), now)
     return [(other, USUAL), (now, 100 - USUAL)]

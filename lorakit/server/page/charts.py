@@ -10,6 +10,7 @@ from itertools import cycle
 from typing import Any, Literal
 
 Theme = Literal["light", "dark"]
+Line = Sequence[tuple[float, float]]  # steps and values, without gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,17 @@ def loss_chart(told: Mapping[str, Any], aliases: Mapping[str, str], theme: Theme
     """
     colours = COLOURS[theme]
     train, evals = told.get("train", []), told.get("eval", [])
+    lines = [[(at, value) for at, value in line if value is not None] for line in (evals, train)]
     marks = [
         {"value": [one["step"], height], "name": one["revision"]}
         for one in told.get("checkpoints", [])
-        if (height := _height(one, evals, train)) is not None
+        if (height := _height(one, lines)) is not None
     ]
     named = _named(marks, aliases, colours)
     big = len(marks) > NEAR
     series = [
         _line("train loss", train, colours.lines[4], width=1.25),
-        {**_line("eval loss", evals, colours.accent, width=1.75), "showSymbol": False},
+        _line("eval loss", evals, colours.accent),
         {"name": "checkpoints", "type": "scatter", "data": marks, "symbolSize": 4 if big else 8, "large": False,
          "itemStyle": {"color": colours.card, "borderColor": colours.accent, "borderWidth": 1 if big else 1.75}},
         {"name": "aliases", "type": "scatter", "data": named, "symbolSize": 11, "z": 5,
@@ -94,26 +96,21 @@ def _named(marks: list[dict[str, Any]], aliases: Mapping[str, str], colours: Col
     return found
 
 
-def _height(one: Mapping[str, Any], evals: Sequence[Any], train: Sequence[Any]) -> float | None:
-    """Where a checkpoint stands: at its own eval loss where it was evaluated itself, else on a line."""
+def _height(one: Mapping[str, Any], lines: Sequence[Line]) -> float | None:
+    """Where a checkpoint stands: at its own eval loss where it was evaluated itself, else on the first line that there
+    is."""
     if one.get("eval_loss") is not None:
         return float(one["eval_loss"])
-    for line in (evals, train):
-        found = _on_line(line, one["step"])
-        if found is not None:
-            return found
-    return one.get("train_loss")
+    line = next(filter(None, lines), None)
+    return _on_line(line, one["step"]) if line is not None else one.get("train_loss")
 
 
-def _on_line(line: Sequence[Any], step: float) -> float | None:
+def _on_line(line: Line, step: float) -> float:
     """The height of a line at a step; of its nearest end where it does not reach there."""
-    known = [(at, value) for at, value in line if value is not None]
-    if not known:
-        return None
-    place = bisect_left(known, step, key=lambda point: float(point[0]))
-    if place in (0, len(known)):
-        return float(known[min(place, len(known) - 1)][1])
-    (begin, low), (end, high) = known[place - 1], known[place]
+    place = bisect_left(line, step, key=lambda point: float(point[0]))
+    if place in (0, len(line)):
+        return float(line[min(place, len(line) - 1)][1])
+    (begin, low), (end, high) = line[place - 1], line[place]
     return float(low + (high - low) * (step - begin) / (end - begin)) if end > begin else float(high)
 
 

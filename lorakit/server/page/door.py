@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import html
 import secrets
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -48,7 +49,13 @@ def is_page(path: str) -> bool:
 def _is_of_nicegui(path: str) -> bool:
     """Whether it is a file of NiceGUI's own, the same for everybody, whose path holds the version."""
     begin, _, rest = path.removeprefix(f"{PLACE}/_nicegui/").partition("/")
-    return path.startswith(f"{PLACE}/_nicegui/") and begin == version("nicegui") and rest.split("/")[0] in _FILES
+    return path.startswith(f"{PLACE}/_nicegui/") and begin == _version() and rest.split("/")[0] in _FILES
+
+
+@cache
+def _version() -> str:
+    """NiceGUI's, which is read from the disk."""
+    return version("nicegui")
 
 
 class Page:
@@ -174,15 +181,13 @@ def _guarded(send: Send, nonce: str, path: str) -> Send:
     async def guarded(message: Message) -> None:
         nonlocal is_html
         if message["type"] == "http.response.start":
-            headers = [pair for pair in message.get("headers", ()) if pair[0] != b"content-length"]
-            kind = next((value for name, value in headers if name == b"content-type"), b"")
-            is_html = kind.startswith(b"text/html")
-            if not is_html:
-                headers = list(message.get("headers", ()))
-            if _is_of_nicegui(path) and message["status"] == 200:
-                headers = [*(pair for pair in headers if pair[0] != b"cache-control"), (b"cache-control", _FOR_EVER)]
-            headers += [*COMMON_HEADERS, (b"content-security-policy", policy(nonce))]
-            if is_html and not any(name == b"cache-control" for name, _ in headers):
+            headers = [*message.get("headers", ()), *COMMON_HEADERS, (b"content-security-policy", policy(nonce))]
+            is_html = any(name == b"content-type" and value.startswith(b"text/html") for name, value in headers)
+            if is_html:
+                headers = _without(headers, b"content-length")
+            if message["status"] == 200 and _is_of_nicegui(path):
+                headers = [*_without(headers, b"cache-control"), (b"cache-control", _FOR_EVER)]
+            elif is_html and not any(name == b"cache-control" for name, _ in headers):
                 headers.append((b"cache-control", b"no-store"))
             message = {**message, "headers": headers}
         elif is_html:
@@ -192,6 +197,10 @@ def _guarded(send: Send, nonce: str, path: str) -> Send:
         await send(message)
 
     return guarded
+
+
+def _without(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> list[tuple[bytes, bytes]]:
+    return [pair for pair in headers if pair[0] != name]
 
 
 async def _key_in_form(receive: Receive) -> str:

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 DASH = "–"
 NOTHING = Markup("")
+FOUND_BY_ITSELF = ("latest", "best", "final")  # aliases that nobody sets
 _KINDS = {
     "ready": "good", "loading": "accent", "draining": "warn", "incomplete": "warn", "refused": "bad", "gone": "bad",
     "slot": "accent", "memory": "good",
@@ -156,11 +157,11 @@ def seconds(value: float | None) -> str:
 def size(value: float | None) -> str:
     if value is None:
         return DASH
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
             return f"{value:.3g} {unit}"
         value /= 1000
-    return DASH
+    return f"{value:.3g} GB"
 
 
 def ago(at: float | None) -> Markup:
@@ -174,13 +175,16 @@ def ago(at: float | None) -> Markup:
             break
     else:
         shown = f"{past:.0f} s"
-    exact = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
-    return Markup('<time title="{}">{}</time>').format(exact, shown)
+    return Markup('<time title="{}">{}</time>').format(_exact(at), shown)
 
 
 def clock(at: float) -> Markup:
-    exact = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
-    return Markup('<time class="quiet" title="{}">{}</time>').format(exact, time.strftime("%H:%M:%S", time.gmtime(at)))
+    shown = time.strftime("%H:%M:%S", time.gmtime(at))
+    return Markup('<time class="quiet" title="{}">{}</time>').format(_exact(at), shown)
+
+
+def _exact(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
 
 
 def after_at(name: str) -> str:

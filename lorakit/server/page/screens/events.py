@@ -58,9 +58,9 @@ class Happened(Screen):
         found = [event for event in self._known if self._is_wanted(event)]
         lines = joined(_line(event) for event in found[: self._most])
         if not found:
-            lines = _NOTHING if not self._known else _NO_SUCH
+            lines = _NO_SUCH if self._known else _NOTHING
         elif len(found) > self._most:
-            lines += Markup("<li><span></span><span></span>{}</li>").format(button("Older", "more", "small"))
+            lines += _BESIDE.format(button("Older", "more", "small"))
         self.show("log", _card(lines, f"{count(len(found))} of the last {count(len(self._known))}"))
 
     def _is_wanted(self, event: Said) -> bool:
@@ -80,12 +80,9 @@ def _line(event: Mapping[str, Any]) -> Markup:
     )
 
 
-_NOTHING = Markup("<li><span></span><span></span>{}</li>").format(
-    Markup('<span class="quiet">Nothing has happened yet that this key may see.</span>')
-)
-_NO_SUCH = Markup("<li><span></span><span></span>{}</li>").format(
-    Markup('<span class="quiet">No event is like that: empty the filter.</span>')
-)
+_BESIDE = Markup("<li><span></span><span></span>{}</li>")  # where the messages are
+_NOTHING = _BESIDE.format(Markup('<span class="quiet">Nothing has happened yet that this key may see.</span>'))
+_NO_SUCH = _BESIDE.format(Markup('<span class="quiet">No event is like that: empty the filter.</span>'))
 _FIELDS = Markup(
     '<form class="row" data-act="none" data-changes="filter"><select name="kind" aria-label="Kind" data-key="kind">'
     '<option value="">every kind</option>{}</select></form>'

@@ -9,19 +9,7 @@ from markupsafe import Markup
 
 from lorakit.errors import Refused
 from lorakit.server.mixes.text import parse_mix
-from lorakit.server.page.markup import (
-    NOTHING,
-    after_at,
-    ago,
-    card,
-    code,
-    count,
-    empty,
-    joined,
-    loss,
-    pill,
-    run_link,
-)
+from lorakit.server.page.markup import NOTHING, after_at, ago, card, code, count, empty, joined, loss, pill, run_link
 from lorakit.server.page.screens.screen import Screen
 
 STEPS = 12  # of each run, the newest
@@ -76,9 +64,8 @@ def _run(one: Mapping[str, Any], *, unfolded: bool) -> Markup:
 
 def _step(one: Mapping[str, Any]) -> Markup:
     names = joined((pill(alias, "accent") for alias in one["aliases"]), " ")
-    losses = (
-        Markup('<span class="quiet">eval {}</span>').format(loss(one["eval_loss"])) if one["eval_loss"] else NOTHING
-    )
+    known = one["eval_loss"] is not None
+    losses = Markup('<span class="quiet">eval {}</span>').format(loss(one["eval_loss"])) if known else NOTHING
     repaired = Markup('<span class="quiet">repaired: {}</span>').format(one["repaired"]) if one["repaired"] else NOTHING
     return Markup('<li><span class="leaf">{}{}{}{}<span class="quiet">{}</span></span></li>').format(
         code(after_at(one["id"])), names, losses, repaired, ago(one["created"])

@@ -13,6 +13,7 @@ from lorakit.server.page.canary import canary_card, comparison_card, shares_of
 from lorakit.server.page.charts import loss_chart
 from lorakit.server.page.markup import (
     DASH,
+    FOUND_BY_ITSELF,
     NOTHING,
     after_at,
     ago,
@@ -33,7 +34,6 @@ from lorakit.server.page.markup import (
 from lorakit.server.page.screens.screen import Said, Screen, text, texts
 
 PAGE = 25  # revisions in the table at once
-FOUND_BY_ITSELF = ("latest", "best", "final")
 _HEADS = ("Revision", "State", "Means", "Train", "Eval", "Where", "Requests", "Rank", "Size", "Age", "")
 
 
@@ -45,7 +45,7 @@ class RunScreen(Screen):
         self.client.title = f"lorakit: {self.name}"
         self._skip = 0
         self._losses: dict[str, Any] = {}
-        self._seen_count: tuple[Any, ...] = ()
+        self._drawn_of: tuple[Any, ...] = ()  # what the chart was drawn of
         self._aliases: dict[str, str] = {}
         self.acts = {
             "promote": self._promote, "rollback": self._rollback, "point": self._point, "split": self._split,
@@ -75,7 +75,6 @@ class RunScreen(Screen):
             return
         compared = await self._comparison(view)
         await self._look_at_losses(view)
-        self._view, self._aliases = view, view["aliases"]
         self.show("head", self._headed(view))
         self.show("compared", compared)
         self.show("canary", canary_card(view, admin=self.admin))
@@ -98,10 +97,10 @@ class RunScreen(Screen):
     async def _look_at_losses(self, view: Mapping[str, Any]) -> None:
         """Again only where there is another checkpoint, or an alias that means another."""
         now = (view.get("count"), view["revisions"][-1]["id"] if view["revisions"] else None, str(view["aliases"]))
-        if now == self._seen_count:
+        if now == self._drawn_of:
             return
         self._losses = await self.api.get(f"/v1/adapters/{part(self.name)}/losses", points=400)
-        self._seen_count, self._aliases = now, view["aliases"]
+        self._drawn_of, self._aliases = now, view["aliases"]
         self._draw_chart()
 
     def _draw_chart(self) -> None:
@@ -110,7 +109,7 @@ class RunScreen(Screen):
         self.show("chart-empty", NOTHING if there else _NO_LOSSES)
         if there:
             self._chart.options.clear()
-            self._chart.options.update(loss_chart(self._losses, _pointed(self.name, self._aliases), self.theme))
+            self._chart.options.update(loss_chart(self._losses, _pointed(self._aliases), self.theme))
             self._chart.update()
 
     def _headed(self, view: Mapping[str, Any]) -> Markup:
@@ -185,11 +184,10 @@ _NO_LOSSES = empty(
 )
 
 
-def _pointed(name: str, aliases: Mapping[str, str]) -> dict[str, str]:
-    """Aliases that are worth a name in the chart: those that mean something by themselves only where no other does."""
-    set_by_hand = {alias: revision for alias, revision in aliases.items() if alias not in FOUND_BY_ITSELF}
-    found = {alias: aliases[alias] for alias in ("best",) if alias in aliases}
-    return {**set_by_hand, **found}
+def _pointed(aliases: Mapping[str, str]) -> dict[str, str]:
+    """Aliases that have a name in the chart: the run's own, those that a person set, and the best."""
+    shown = [alias for alias in aliases if alias not in FOUND_BY_ITSELF] + ["best"]
+    return {alias: aliases[alias] for alias in shown if alias in aliases}
 
 
 def _follows(view: Mapping[str, Any]) -> str:

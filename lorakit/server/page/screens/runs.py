@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from lorakit.server.page.markup import (
     DASH,
+    FOUND_BY_ITSELF,
     NOTHING,
     ago,
     card,
@@ -101,7 +102,7 @@ def runs_card(adapters: Sequence[Mapping[str, Any]], filtered: str = "") -> Mark
 
 
 def _row(one: Mapping[str, Any]) -> Sequence[Markup | str]:
-    named = [alias for alias in one["aliases"] if alias not in (one["name"], "latest", "best", "final")]
+    named = [alias for alias in one["aliases"] if alias not in (one["name"], *FOUND_BY_ITSELF)]
     splits = one.get("splits") or {}
     shown = [pill(alias, "") for alias in named] + [pill(f"canary: {alias}", "accent") for alias in splits]
     ready = [each for each in one["revisions"] if each["id"]]

@@ -12,7 +12,7 @@ from nicegui import ui
 
 from lorakit.server.page.charts import rate_chart
 from lorakit.server.page.exposition import Exposition, parse_exposition
-from lorakit.server.page.markup import DASH, card, code, count, empty, pill, seconds, share, table, tiles
+from lorakit.server.page.markup import card, code, count, empty, pill, seconds, share, table, tiles
 from lorakit.server.page.screens.screen import Said, Screen
 
 LOOKS = 150  # that the chart remembers
@@ -110,7 +110,7 @@ def _numbers(told: Exposition, looks: Sequence[Look]) -> dict[str, tuple[str, st
 
 
 def _rate(value: float | None) -> str:
-    return DASH if value is None else f"{value:,.1f}" if value < 100 else f"{value:,.0f}".replace(",", "\u202f")
+    return f"{value:.1f}" if value is not None and value < 100 else count(value)
 
 
 def names_card(told: Exposition) -> Markup:
