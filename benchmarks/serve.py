@@ -9,7 +9,6 @@ import asyncio
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,21 +24,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from serving_load.adapters import make_many
 from serving_load.load import Seen, closed_loop, open_loop, session
+from serving_load.peers import SLOTS, medians, plain_vllm, processor_seconds, started_by
 
-from tests.server.real import (
-    ENGINE_FLAGS,
-    QUICK,
-    end_group,
-    free_port,
-    make_random_adapter,
-    make_tiny_model,
-    serving,
-    wait_for,
-    write_checkpoint,
-)
+from tests.server.real import make_random_adapter, make_tiny_model, serving, write_checkpoint
 
 PARTS = ("requests", "checkpoints", "loads", "many")
-SLOTS = 4
 
 
 def main() -> None:
@@ -60,7 +49,7 @@ def main() -> None:
         write_checkpoint(watched / "sql", adapters[0], 1)
         print(f"load of the machine before: {os.getloadavg()[0]:.1f}\n", file=sys.stderr)
         if {"requests", "loads"} & set(parts):
-            direct, process = stack.enter_context(plain_vllm(base, adapters[0], folder / "direct.log"))
+            direct, process = stack.enter_context(plain_vllm(base, {"sql": adapters[0]}, folder / "direct.log"))
         many = make_many(adapters[1], folder / "many", max(arguments.loads, arguments.adapters))
         flags = ("--watch", str(watched), "--root", str(folder / "many"), "--max-loras", str(SLOTS))
         server = stack.enter_context(
@@ -75,33 +64,6 @@ def main() -> None:
             while_loading(direct, server.url, many[: arguments.loads], arguments.seconds)
         if "many" in parts:
             behind_few_slots(server.url, many[: arguments.adapters], arguments.seconds)
-
-
-@contextmanager
-def plain_vllm(base: Path, adapter: Path, log: Path) -> Iterator[tuple[str, int]]:
-    """The same engine with the same flags, and the adapter loaded at start: its address, and its process."""
-    port = free_port()
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base",
-        "--host", "127.0.0.1", "--port", str(port), "--enable-lora", "--max-loras", str(SLOTS + 1),
-        "--max-lora-rank", "8", "--max-cpu-loras", str(SLOTS + 2), "--enforce-eager",
-        "--distributed-executor-backend", "uni", *ENGINE_FLAGS, "--disable-uvicorn-access-log",
-        "--lora-modules", f"sql={adapter}",
-    ]  # fmt: skip
-    variables = {
-        **os.environ, **QUICK, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    }  # fmt: skip
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, env=variables, stdout=stream, stderr=stream, start_new_session=True)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            wait_for(client, "/health", process, log)
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
-        end_group(process)
 
 
 # requests
@@ -124,7 +86,7 @@ def compare(peers: Mapping[str, Sequence[int]], seconds: float, rounds: int) -> 
                     before = processor_seconds(peers[url])
                     results.append(asyncio.run(closed_loop(url, sql, clients, seconds, stream=stream)))
                     results[-1].processors = processor_seconds(peers[url]) - before
-            alone, with_it = (_medians(results) for results in found.values())
+            alone, with_it = (medians(results) for results in found.values())
             assert not any(seen.failed for results in found.values() for seen in results)
             cells = [f"{alone[0]:.1f} | {with_it[0]:.1f} | {with_it[0] / alone[0]:.2f}"]
             cells += [f"{one * 1e3:.1f} | {other * 1e3:.1f}" for one, other in zip(alone[1:], with_it[1:], strict=True)]
@@ -133,27 +95,6 @@ def compare(peers: Mapping[str, Sequence[int]], seconds: float, rounds: int) -> 
 
 def sql() -> str:
     return "sql"
-
-
-def _medians(results: list[Seen]) -> list[float]:
-    rows = [
-        (seen.rate, seen.delay(0.5), seen.delay(0.99), seen.first, seen.processors / len(seen.times))
-        for seen in results
-    ]
-    return [statistics.median(column) for column in zip(*rows, strict=True)]
-
-
-def started_by(process: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True)
-    children = [int(word) for word in listed.stdout.split()]
-    return [*children, *(one for child in children for one in started_by(child))]
-
-
-def processor_seconds(processes: Sequence[int]) -> float:
-    """That they have used so far."""
-    stats = [Path(f"/proc/{process}/stat") for process in processes]
-    fields = [stat.read_text().rpartition(")")[2].split() for stat in stats if stat.exists()]
-    return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
 # checkpoints

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -19,9 +20,11 @@ from lorakit.server.access.at_start import KEY
 from lorakit.server.access.keyring import Keyring
 from lorakit.server.access.rights import NO_ADMIN, NONE, OPEN_TO_ALL, RIGHTS
 from lorakit.server.dialects.lorax.request import GENERATE
-from lorakit.server.engines.engine import Engine
+from lorakit.server.engines.engine import Answering, Unreached
 from lorakit.server.file_work import file_work
+from lorakit.server.following.mirror import Mirror, opened_store
 from lorakit.server.following.reconciler import Reconciler
+from lorakit.server.following.residency import Residence, Residency
 from lorakit.server.page.door import Page, is_page
 from lorakit.server.requests.answers import error_response, unavailable
 from lorakit.server.requests.asking import MODEL_ROUTES, Asking
@@ -59,6 +62,7 @@ class Gateway:
         self._supervised: Supervised | None = None
         self._held = contextlib.ExitStack()
         self._tracing: Tracing | None = None
+        self._mirror: Mirror | None = None
         self._page = Page(self)
 
     @property
@@ -111,24 +115,30 @@ class Gateway:
         if self._supervised is not None:
             self._tasks.append(asyncio.create_task(self._supervised.run(app, self)))
 
-    async def begin(self, engine: Engine, settings: Settings) -> None:
-        """Start to serve on an engine that answers."""
+    async def begin(
+        self, engine: Answering, settings: Settings, residency_of: Callable[..., Residence] = Residency
+    ) -> None:
+        """Start to serve on an engine that answers, or on several behind one."""
         from lorakit.merge.base import read_base
         from lorakit.server.routes import routes_for
+        from lorakit.store.remote.shared import SharedStore
         from lorakit.store.serving import serving
-        from lorakit.store.store import Store
 
         log_to_stderr(settings.log_format)
         if wrong := await engine.try_out(engine.limits.base):  # the first request pays for what is compiled lazily
             raise EngineFailed(f"the base does not answer: {wrong}")
         base = await file_work(read_base, engine.limits.base_path)
-        store = await file_work(Store, settings.store_home, base.identity, or_read=True)
-        reconciler = Reconciler(settings, engine, store, base)
+        store = await file_work(opened_store, settings, base.identity)
+        reconciler = Reconciler(settings, engine, store, base, residency_of)
         if store.unwritable is None:
             self._held.enter_context(serving(settings.store_home, base.identity))
         else:
             reconciler.events.tell("failed", f"{store.unwritable}; what is in it is served, and nothing new")
         await reconciler.recall()
+        if isinstance(store, SharedStore):
+            self._mirror = Mirror(reconciler, store)
+            await self._mirror.begin()
+            self._tasks.append(asyncio.create_task(self._mirror.run()))
         self._tracing = configured_tracing()
         reconciler.observers += [log_answered, *([self._tracing.answered] if self._tracing else [])]
         self._keyring = await Keyring.opened(settings.store_home, os.environ.get(KEY, ""))
@@ -148,6 +158,8 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._asking is not None:
             await self._asking.close()
+        if self._mirror is not None:
+            await self._mirror.close()
         if self._reconciler is not None:
             await self._reconciler.close()
         if self._keyring is not None:
@@ -183,7 +195,10 @@ class Gateway:
         elif asking.takes(scope, path):
             await asking.answer(scope, receive, send, path)
         else:
-            await known.engine.answer(scope, receive, send)
+            try:
+                await known.engine.answer(scope, receive, send)
+            except Unreached as error:
+                refusal = unavailable(str(error))
         if refusal is not None:
             await refusal(scope, receive, send)
 

@@ -38,6 +38,7 @@ from lorakit.server.requests.asking import Asking
 from lorakit.server.roots import permitted
 from lorakit.server.sight.metrics import CONTENT_TYPE, Metrics
 from lorakit.server.views import adapter_view, model_cards
+from lorakit.store.remote.objects import Unreachable
 
 STATUS: tuple[tuple[type[LorakitError], int, str], ...] = (
     (NotFound, 404, "NotFoundError"),
@@ -49,6 +50,7 @@ STATUS: tuple[tuple[type[LorakitError], int, str], ...] = (
     (NotFetched, 502, "BadGatewayError"),
     (Conflict, 409, "ConflictError"),
     (NoSlot, 503, "ServiceUnavailableError"),
+    (Unreachable, 503, "ServiceUnavailableError"),
     (LorakitError, 500, "InternalServerError"),
 )
 
@@ -170,7 +172,8 @@ def _router() -> Any:
 async def ready(known: Known) -> JSONResponse:
     """200 when every adapter named at start is loaded or refused, and every alias of before a restart answers."""
     if not known.converged:
-        return PlainJSON({"status": "starting", "reason": "adapters are being loaded"}, 503, {"Retry-After": "1"})
+        reason = "adapters are being loaded" if known.caught_up else "the shared store was not looked at yet"
+        return PlainJSON({"status": "starting", "reason": reason}, 503, {"Retry-After": "1"})
     refused = sorted({waiting.candidate.run for waiting in known.waiting.values() if waiting.state == "refused"})
     return PlainJSON({"status": "ready", "adapters": sorted(known.runs), "refused": refused})
 

@@ -28,6 +28,7 @@ SINGLE = {
     "LORAKIT_FOLLOW": "follow",
     "LORAKIT_LOG_FORMAT": "log_format",
     "LORAKIT_HOME": "home",
+    "LORAKIT_STORE": "store",
 }
 
 
@@ -36,6 +37,7 @@ class Settings:
     """Paths are absolute; `adapters` maps names to folders; 0 slots means: as many as the engine has."""
 
     home: str = ""
+    store: str = ""  # s3://BUCKET/PREFIX, which several servers share; empty for none
     watch: tuple[str, ...] = ()
     adapters: Mapping[str, str] = field(default_factory=dict)
     roots: tuple[str, ...] = ()

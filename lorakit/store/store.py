@@ -88,25 +88,33 @@ class Store:
 
     def runs(self) -> dict[str, Run]:
         """All runs of this base whose files are there; what lies in the trash is not."""
+        return self._runs("", (self.base,))
+
+    def run(self, name: str) -> Run | None:
+        """One of them; None when nothing of it is there."""
+        return self._runs(" AND run = ?", (self.base, name)).get(name)
+
+    def _runs(self, which: str, values: tuple[str, ...]) -> dict[str, Run]:
         query, found = self._database.rows, dict[str, Run]()
-        for name, pinned in query("SELECT run, pinned FROM runs WHERE base = ?", (self.base,)):
+        for name, pinned in query(f"SELECT run, pinned FROM runs WHERE base = ?{which}", values):
             found[name] = Run(name, pinned=bool(pinned))
         by_id: dict[int, Run] = {}
-        there = f"SELECT {_COLUMNS} FROM revisions WHERE base = ? AND trashed IS NULL ORDER BY id"
-        for row in query(there, (self.base,)):
+        there = f"SELECT {_COLUMNS} FROM revisions WHERE base = ?{which} AND trashed IS NULL ORDER BY id"
+        for row in query(there, values):
             revision = self._revision(row)
             if revision.folder.is_dir():
                 run = found.setdefault(revision.run, Run(revision.run))
                 run.revisions[revision.id] = revision
                 by_id[revision.id] = run
         finishes = (
-            "SELECT f.revision, f.attempt FROM finishes f JOIN revisions r ON r.id = f.revision"
-            " WHERE r.base = ? ORDER BY f.id"
+            "SELECT revision, attempt FROM finishes WHERE revision IN"
+            f" (SELECT id FROM revisions WHERE base = ?{which}) ORDER BY id"
         )
-        for revision_id, attempt in query(finishes, (self.base,)):
+        for revision_id, attempt in query(finishes, values):
             if revision_id in by_id:
                 by_id[revision_id].finishes.append(Finish(revision_id, attempt))
-        for name, alias, revision_id in query("SELECT run, alias, revision FROM aliases WHERE base = ?", (self.base,)):
+        aliases = f"SELECT run, alias, revision FROM aliases WHERE base = ?{which}"
+        for name, alias, revision_id in query(aliases, values):
             if revision_id in by_id:
                 found[name].aliases[alias] = revision_id
         for (name, alias), split in read_splits(self._database, self.base).items():
@@ -268,6 +276,9 @@ class Store:
         for folder in unneeded_in(self._database):
             self.remove_folder(folder)
 
+    def ensure_reachable(self) -> None:
+        """Raises LorakitError where what is taken in has to get elsewhere, too, and can't: here it stays."""
+
     # what was looked at
 
     def source(self, run: str, path: str) -> Source | None:
@@ -286,8 +297,11 @@ class Store:
         )
 
 
-def point_alias(db: sqlite3.Connection, alias: tuple[str, str, str], revision: int, why: str) -> None:
-    """Of a base, a run and an alias: where it points from now on, with the journal, of which old lines go."""
+def point_alias(
+    db: sqlite3.Connection, alias: tuple[str, str, str], revision: int, why: str, at: float | None = None
+) -> None:
+    """Of a base, a run and an alias: where it points from now on, with the journal, of which old lines go; `at` is
+    when, in seconds since 1970, if not now."""
     db.execute("UPDATE revisions SET trashed = NULL WHERE id = ?", (revision,))
     db.execute(
         "INSERT INTO aliases (base, run, alias, revision) VALUES (?, ?, ?, ?)"
@@ -296,7 +310,7 @@ def point_alias(db: sqlite3.Connection, alias: tuple[str, str, str], revision: i
     )
     last = db.execute(
         "INSERT INTO moves (base, run, alias, revision, at, why) VALUES (?, ?, ?, ?, ?, ?)",
-        (*alias, revision, time.time(), why),
+        (*alias, revision, time.time() if at is None else at, why),
     ).lastrowid
     db.execute(
         "DELETE FROM moves WHERE base = ? AND run = ? AND alias = ? AND id < (SELECT id FROM moves WHERE"

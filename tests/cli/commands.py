@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -21,7 +23,8 @@ class Ended:
 def lorakit(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ended:
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(SystemExit) as ended:
+        # a process of its own would keep its variables to itself
+        with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
@@ -30,6 +31,7 @@ class FakeVllm:
         self, base: Path, *, slots: int = 4, version: str = "0.32.0", removes: bool = False, cpu: bool = False
     ) -> None:
         self.base, self.slots, self.version, self.removes, self.cpu = base, slots, version, removes, cpu
+        self.name = "base"
         self.routes = ROUTES
         self.key = ""
         self.named: dict[str, tuple[int, str, str]] = {}  # number, path, what it answers
@@ -67,8 +69,8 @@ class FakeVllm:
             case "/metrics":
                 await _send(send, 200, self.metrics())
             case "/v1/models":
-                cards = [{"id": "base", "root": str(self.base), "parent": None}]
-                cards += [{"id": name, "root": path, "parent": "base"} for name, (_, path, _) in self.named.items()]
+                cards = [{"id": self.name, "root": str(self.base), "parent": None}]
+                cards += [{"id": name, "root": path, "parent": self.name} for name, (_, path, _) in self.named.items()]
                 await _send(send, 200, {"object": "list", "data": cards})
             case "/v1/load_lora_adapter":
                 await self.load(json.loads(body), send)
@@ -110,10 +112,10 @@ class FakeVllm:
 
     async def complete(self, asked: dict[str, Any], receive: Any, send: Any) -> None:
         model = asked["model"]
-        if model != "base" and model not in self.named:
+        if model != self.name and model not in self.named:
             await _send(send, 404, {"error": {"message": f"The model `{model}` does not exist"}})
             return
-        said = "base" if model == "base" else self.named[model][2]
+        said = "base" if model == self.name else self.named[model][2]
         choice = {"text": said, "logprobs": {"token_logprobs": [-0.5]}}
         await _send(send, 200, {"model": model, "choices": [choice]})
 
@@ -150,14 +152,19 @@ async def _send(send: Any, status: int, value: Any) -> None:
 
 
 @asynccontextmanager
-async def listening(app: Any, port: int = 0) -> AsyncIterator[str]:
-    """An app at an address of its own."""
-    public = listen("127.0.0.1", port)
-    port = public.getsockname()[1]
+async def listening(app: Any, port: int = 0, path: Path | None = None) -> AsyncIterator[str]:
+    """An app at an address of its own: its URL; or on a socket at a path."""
+    if path is None:
+        public = listen("127.0.0.1", port)
+        port = public.getsockname()[1]
+    else:
+        public = socket.socket(socket.AF_UNIX)
+        public.bind(str(path))
+        public.listen()
     server = public_server(app, drain=1)
     running = asyncio.create_task(server.serve(sockets=[public]))
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}" if path is None else f"unix:{path}"
     finally:
         server.should_exit = server.force_exit = True
         await running

@@ -7,13 +7,15 @@ python -m tests.server.programs engine PIDFILE ENGINE-FLAGS...
 The engine's flags: `fail` (say why and end), `late` (need a while to start), `orphan` (leave a child behind that hears
 no SIGTERM), `stubborn` (ignore SIGTERM, and not end), `mute` (never say that it is up), `flaky` (fail at every second
 start), `ill` (call itself dead after a while), `numb` (be there, and answer no canary), `mad` (answer it wrong), `busy`
-(answer it late, and count tokens meanwhile), `cold` (never have all adapters that it should). With `quick` the
+(answer it late, and count tokens meanwhile), `cold` (never have all adapters that it should), `alone` (be asked by a
+gateway elsewhere). With `quick` the
 supervisor loses its patience soon, and with `tls` both speak https, with the certificate beside PIDFILE.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -108,6 +110,10 @@ async def _engine(pids: Path, flags: set[str]) -> None:
     line = listener.supervised(replace(settings, **certificate_beside(pids, flags)))
     assert line is not None
     await line.may_begin()
+    if "alone" in flags:
+        with contextlib.suppress(asyncio.CancelledError):
+            await line.run_alone(known)
+        return
     gateway: Any = SimpleNamespace(reconciler=known)
     await line.run(app, gateway)
 

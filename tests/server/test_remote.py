@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from lorakit.errors import EngineFailed
-from lorakit.server.engines.engine import LoadFailed
+from lorakit.server.engines.engine import LoadFailed, Unreached
 from lorakit.server.engines.front import Front
 from lorakit.server.engines.remote import Http, RemoteEngine
 from tests.server.fake_engine import fingerprint_of, put_adapter, put_checkpoint, settings_for
@@ -191,15 +191,45 @@ async def test_a_body_that_comes_in_pieces_goes_on_in_pieces(numbers: Path, tmp_
         assert answer.json()["choices"][0]["text"] == "base"
 
 
-async def test_an_engine_that_does_not_answer_is_503_with_its_address(numbers: Path, tmp_path: Path) -> None:
+async def test_where_nobody_listens_nothing_was_sent(numbers: Path) -> None:
     async with listening(FakeVllm(numbers)) as url:
         http = Http(url)
-    async with listening(http.hand_on) as front, httpx.AsyncClient() as client:
-        answer = await client.get(front)
+
+    said = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive() -> Any:
+        return said.pop() if said else await asyncio.get_running_loop().create_future()
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    with pytest.raises(Unreached, match=url):
+        await http.hand_on(scope, receive, send)
     await http.close()
-    assert answer.status_code == 503
-    assert "retry-after" in answer.headers
-    assert url in answer.json()["error"]["message"]
+
+
+async def test_an_engine_that_is_gone_is_503_with_its_address(numbers: Path, tmp_path: Path) -> None:
+    async with AsyncExitStack() as there:
+        url = await there.enter_async_context(listening(FakeVllm(numbers)))
+        async with before(url, tmp_path) as client:
+            assert (await ask(client, "base")).status_code == 200
+            await there.aclose()
+            answers = [await ask(client, "base"), await client.get("/version")]
+    for answer in answers:
+        assert answer.status_code == 503
+        assert "retry-after" in answer.headers
+    assert url in answers[0].json()["error"]["message"]
+
+
+async def test_an_engine_may_listen_on_a_socket_of_its_own(numbers: Path, tmp_path: Path) -> None:
+    path = tmp_path / "engine.sock"
+    async with listening(FakeVllm(numbers), path=path):
+        http = Http(f"unix:{path}")
+        engine = await RemoteEngine.connect(http, tmp_path, base_path="", slots=2, max_rank=16)
+        assert engine.limits.base == "base"
+        assert await engine.try_out("base") is None
+        await http.close()
 
 
 # adapters

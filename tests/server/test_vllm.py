@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from lorakit.server.engines.vllm import (
     Installed,
     allowed_rank,
     environment,
+    gpus_of_each,
     installed,
     phase_of,
     refuse_own_flags,
+    replica_environment,
     tokens_counted,
     undecorated,
 )
@@ -194,3 +197,39 @@ def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineFailed, match=r"pip install 'lorakit\[vllm\]'"):
         installed()
+
+
+def test_each_of_several_has_its_own_gpus() -> None:
+    gpu = Installed((0, 32, 0), "0.32.0", False)
+
+    def of(number: int, count: int, parallel: int, **environ: str) -> str:
+        return replica_environment(gpu, environ, number, count, parallel=parallel, offline=True)["CUDA_VISIBLE_DEVICES"]
+
+    assert [of(number, 4, 1) for number in range(4)] == ["0", "1", "2", "3"]
+    assert [of(number, 2, 2) for number in range(2)] == ["0,1", "2,3"]
+    assert [of(number, 2, 1, CUDA_VISIBLE_DEVICES="5,GPU-3a,7") for number in range(2)] == ["5", "GPU-3a"]
+    with pytest.raises(UsageError, match="names 2 GPUs, and 4 are needed"):
+        of(1, 2, 2, CUDA_VISIBLE_DEVICES="0,1")
+
+
+def test_on_a_cpu_several_share_the_cores_and_listen_to_their_gateway_alone() -> None:
+    cpu = Installed((0, 32, 0), "0.32.0", True)
+    variables = replica_environment(cpu, {}, 0, 2, parallel=1, offline=True)
+    assert int(variables["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert replica_environment(cpu, {"OMP_NUM_THREADS": "3"}, 0, 2, parallel=1, offline=True)["OMP_NUM_THREADS"] == "3"
+    assert variables["VLLM_SERVER_DEV_MODE"] == "1"
+    with pytest.raises(UsageError, match="LORAKIT_API_KEY"):
+        replica_environment(cpu, {"VLLM_API_KEY": "x"}, 0, 2, parallel=1, offline=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [((), 1), (("-tp", "2"), 2), (("--tensor-parallel-size=4", "--pipeline_parallel_size", "2"), 8)],
+)
+def test_an_engine_takes_as_many_gpus_as_it_is_told(arguments: tuple[str, ...], count: int) -> None:
+    assert gpus_of_each(arguments) == count
+
+
+def test_a_number_of_gpus_has_to_be_one() -> None:
+    with pytest.raises(UsageError, match="write a number of GPUs"):
+        gpus_of_each(("-tp", "many"))

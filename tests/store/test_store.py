@@ -14,6 +14,7 @@ import pytest
 
 from lorakit.errors import Incomplete, LorakitError, Refused
 from lorakit.store.catalog import Facts, Revision
+from lorakit.store.splits import Split
 from lorakit.store.store import Source, Store, default_home
 
 
@@ -383,3 +384,12 @@ def test_the_journal_of_an_alias_does_not_grow_for_ever(store: Store, monkeypatc
         ("", 5), ("prod", 1),
     ]  # fmt: skip
     assert store.previous("sql", "") == one.id
+
+
+def test_one_run_is_what_it_is_among_all(store: Store) -> None:
+    a, b = (add(store, step=step, content=str(step)) for step in (1, 2))
+    add(store, "chat", None, "3")
+    store.move_alias("sql", "", a.id, "set", pinned=True)
+    store.move_alias("sql", "half", a.id, "split", split=Split({a.id: 0.5, b.id: 0.5}))
+    assert {name: store.run(name) for name in ("sql", "chat")} == store.runs()
+    assert store.run("nothing") is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from lorakit.server.engines.engine import Engine
+from lorakit.server.engines.engine import Answering
 from lorakit.server.engines.vllm import tokens_counted
 
 ENOUGH = 3  # wrong answers in a row
@@ -14,7 +14,7 @@ ENOUGH = 3  # wrong answers in a row
 class Canary:
     """`interval` in seconds; 0 asks nothing."""
 
-    def __init__(self, engine: Engine, interval: float) -> None:
+    def __init__(self, engine: Answering, interval: float) -> None:
         self._engine = engine
         self._interval = interval
         self._moved: float | None = None

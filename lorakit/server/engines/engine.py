@@ -16,6 +16,10 @@ class LoadFailed(LorakitError):
     """The engine refused an adapter; nothing of it is left in the engine."""
 
 
+class Unreached(LorakitError):
+    """Nothing of a request came to the engine: another may be asked the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What an engine was started with. `slots`: adapters that clients can use at once. `memory`: those that it holds at
@@ -30,24 +34,11 @@ class Limits:
     memory: int = 0
 
 
-class Engine(Protocol):
-    """Names given to `load` are never used twice; calls of `load` and `remove` never overlap."""
+class Answering(Protocol):
+    """One engine, or several as one."""
 
     @property
     def limits(self) -> Limits: ...
-
-    async def load(self, name: str, folder: Path) -> None:
-        """Put an adapter into the engine.
-
-        Raises:
-            LoadFailed: the engine's own words.
-        """
-
-    def no_place_for(self, name: str) -> str | None:
-        """Why it could not hold one more adapter, of this name, and answer right, ever again; None where it could."""
-
-    async def remove(self, name: str) -> None:
-        """Take an adapter out for good: its memory and its slot are free afterwards, or make place by themselves."""
 
     async def try_out(self, name: str) -> str | None:
         """Let a model answer one token: None when its logprobs are finite, else what was wrong."""
@@ -59,7 +50,11 @@ class Engine(Protocol):
         """Whether the engine would answer."""
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request on."""
+        """Hand a request on.
+
+        Raises:
+            Unreached: it is not there, and nothing was sent.
+        """
 
     def model_card(self) -> dict[str, Any]:
         """The base as `/v1/models` shows it."""
@@ -82,3 +77,20 @@ class Engine(Protocol):
 
     async def describe(self) -> dict[str, Any]:
         """The engine's own OpenAPI description; empty when it has none."""
+
+
+class Engine(Answering, Protocol):
+    """Names given to `load` are never used twice; calls of `load` and `remove` never overlap."""
+
+    async def load(self, name: str, folder: Path) -> None:
+        """Put an adapter into the engine.
+
+        Raises:
+            LoadFailed: the engine's own words.
+        """
+
+    def no_place_for(self, name: str) -> str | None:
+        """Why it could not hold one more adapter, of this name, and answer right, ever again; None where it could."""
+
+    async def remove(self, name: str) -> None:
+        """Take an adapter out for good: its memory and its slot are free afterwards, or make place by themselves."""

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorakit.errors import LorakitError
 from lorakit.server.engines.remote import LOOK, Http, RemoteEngine
@@ -58,7 +58,7 @@ class Front:
         served = False
         while True:
             await self._answers()
-            gateway = Gateway(_no_sockets, self._settings)
+            gateway = Gateway(no_sockets, self._settings)
             try:
                 engine = await self._connected()
                 await gateway.begin(engine, self._settings)
@@ -109,7 +109,7 @@ class Front:
         self._reason = reason
 
 
-async def _no_sockets(scope: Scope, receive: Receive, send: Send) -> None:
+async def no_sockets(scope: Scope, receive: Receive, send: Send) -> None:
     """What the gateway hands on past its engine: WebSockets, which have no way through here."""
     await receive()
     await send({"type": "websocket.close", "code": 1011, "reason": "lorakit passes no WebSocket on over HTTP"})
@@ -124,10 +124,22 @@ async def serve_in_front(
     Raises:
         LorakitError: the engine can't be used.
     """
-    log_to_stderr(settings.log_format)
     http = Http(url, os.environ.get(KEY, ""))
     front = Front(http, settings, base_path=base_path, max_rank=max_rank, kind=kind, beside=beside)
-    server = public_server(front, settings.drain, settings.certificate)
+    try:
+        return await serve_beside(front, front.run(), public, settings)
+    finally:
+        await http.close()
+
+
+async def serve_beside(app: ASGIApp, run: Coroutine[Any, Any, None], public: socket.socket, settings: Settings) -> int:
+    """Serve an app on a socket, beside what it needs to run, until SIGINT or SIGTERM: the exit code.
+
+    Raises:
+        LorakitError: what it needs to run ended with it.
+    """
+    log_to_stderr(settings.log_format)
+    server = public_server(app, settings.drain, settings.certificate)
     codes: list[int] = []
 
     def stop(number: int) -> None:
@@ -137,7 +149,7 @@ async def serve_in_front(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    running = asyncio.create_task(front.run())
+    running = asyncio.create_task(run)
     serving = asyncio.create_task(server.serve(sockets=[public]))
     try:
         await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -149,5 +161,4 @@ async def serve_in_front(
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError, LorakitError):
             await running
-        await http.close()
     return codes[-1] if codes else 0

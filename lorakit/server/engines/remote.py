@@ -1,10 +1,10 @@
-"""An engine that lorakit did not start, over HTTP; what it offers is asked for at the start, not assumed."""
+"""An engine over HTTP; what it offers is asked for at the start, not assumed."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,10 +15,11 @@ from starlette.types import Message, Receive, Scope, Send
 from yarl import URL
 
 from lorakit.errors import EngineFailed, Refused
-from lorakit.server.engines.engine import Limits, LoadFailed
+from lorakit.server.engines.engine import Limits, LoadFailed, Unreached
 from lorakit.server.engines.vllm import (
     COMPLETIONS,
     LOAD,
+    OF_DEVELOPERS,
     UNLOAD,
     WAYS_AROUND,
     Offered,
@@ -43,16 +44,26 @@ _OWN_HEADERS = frozenset(
 _OWN_ANSWERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"})
 
 
+UNIX = "unix:"  # before the path of a socket
+
+
 class Http:
-    """Connections to one address. `key`: what it wants as a bearer. `failures`: answers that did not come, or not
-    whole, since somebody looked."""
+    """Connections to one address: `http://HOST:PORT`, or `unix:/PATH` of a socket. `key`: what it wants as a bearer.
+    `failures`: answers that did not come, or not whole, since somebody looked."""
 
     def __init__(self, url: str, key: str = "") -> None:
         self.url = url.rstrip("/")
         self.failures = 0
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         # vLLM closes a connection that was idle for 5 s: one that it may be closing is not used again.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+        idle = 2.0
+        if self.url.startswith(UNIX):
+            self._root = "http://engine"
+            path = self.url.removeprefix(UNIX)
+            connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=idle)
+        else:
+            self._root = self.url
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=idle)
         self._session = aiohttp.ClientSession(
             connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0), read_bufsize=2**16,
@@ -67,14 +78,18 @@ class Http:
         raw = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, **({} if raw is None else {"content-type": "application/json"})}
         try:
-            async with self._session.request(method, URL(self.url + path), data=raw, headers=headers) as answer:
+            async with self._session.request(method, URL(self._root + path), data=raw, headers=headers) as answer:
                 return answer.status, await answer.read()
         except (aiohttp.ClientError, OSError) as error:
             self.failures += 1
             return 599, json.dumps({"error": {"message": f"{self.url} does not answer: {_named(error)}"}}).encode()
 
     async def hand_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request and its answer, each piece as it comes, and no faster than it is taken at the other end."""
+        """One request and its answer, each piece as it comes, and no faster than it is taken at the other end.
+
+        Raises:
+            Unreached: nobody listens there.
+        """
         asked = asyncio.Event()
         exchange = asyncio.create_task(self._exchange(scope, _body(await receive(), receive, asked), send))
         leaving = asyncio.create_task(_left(receive, asked))
@@ -90,7 +105,7 @@ class Http:
     async def _exchange(self, scope: Scope, body: bytes | AsyncIterator[bytes] | None, send: Send) -> None:
         query = scope.get("query_string", b"").decode("latin-1")
         path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
-        url = URL(f"{self.url}{path}{'?' if query else ''}{query}", encoded=True)
+        url = URL(f"{self._root}{path}{'?' if query else ''}{query}", encoded=True)
         headers = [(key.decode("latin-1"), value.decode("latin-1"))
                    for key, value in scope["headers"] if key not in _OWN_HEADERS]  # fmt: skip
         started = False
@@ -104,6 +119,9 @@ class Http:
                 async for piece in answer.content.iter_any():
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
+        except aiohttp.ClientConnectorError as error:
+            self.failures += 1
+            raise Unreached(f"{self.url} does not answer: {_named(error)}") from None
         except (aiohttp.ClientError, OSError) as error:
             self.failures += 1
             if started:  # what is cut off there is cut off here, and does not look complete
@@ -142,6 +160,10 @@ async def _nothing() -> Message:
     return {"type": "http.disconnect"}
 
 
+def _nobody(_: bool) -> None:
+    pass
+
+
 def _named(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
@@ -159,8 +181,9 @@ class RemoteEngine:
         self._named: set[str] = set()  # what it has to know
         self._taken = len(offers.there)  # adapters that it took in its life
         self._alive = True
+        self.told: Callable[[bool], None] = _nobody  # whether it answers, whenever that changes
         self.lost = asyncio.Event()  # set when it has forgotten what was loaded: it was started again
-        self._told: set[str] = set()
+        self._said: set[str] = set()
 
     @classmethod
     async def connect(cls, http: Http, store: Path, *, base_path: str, slots: int, max_rank: int) -> Self:
@@ -215,6 +238,11 @@ class RemoteEngine:
     def limits(self) -> Limits:
         return self._limits
 
+    @property
+    def offers(self) -> Offered:
+        """What it said of itself, with the limits that hold here."""
+        return replace(self._offers, limits=self._limits)
+
     def no_place_for(self, name: str) -> str | None:
         reason = self._offers.for_good
         if reason is None or self._taken < self._offers.limits.slots or name in self._named:
@@ -223,8 +251,8 @@ class RemoteEngine:
         return reason
 
     def _say_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+        if message not in self._said:
+            self._said.add(message)
             log.warning("%s", message)
 
     async def load(self, name: str, folder: Path) -> None:
@@ -281,8 +309,13 @@ class RemoteEngine:
                     return
                 self._http.failures -= failures
             since = 0.0 if status == 200 else since + LOOK
-            self._alive = status == 200 or (status == 0 and since < patience)
+            self._is(status == 200 or (status == 0 and since < patience))
             await asyncio.sleep(LOOK)
+
+    def _is(self, alive: bool) -> None:
+        if alive != self._alive:
+            self._alive = alive
+            self.told(alive)
 
     async def _health(self) -> int:
         """Status; 0 for one that takes its time."""
@@ -298,7 +331,11 @@ class RemoteEngine:
         return status == 200 and self._named <= {card["id"] for card in json.loads(body)["data"]}
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._http.hand_on(scope, receive, send)
+        try:
+            await self._http.hand_on(scope, receive, send)
+        except Unreached:
+            self._is(False)  # until the next look
+            raise
 
     async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         return await self._http.call(method, path, body)
@@ -310,7 +347,7 @@ class RemoteEngine:
         return path in self._offers.paths
 
     def goes_around(self, path: str) -> bool:
-        return path.startswith(WAYS_AROUND)
+        return path.startswith(WAYS_AROUND) or (self._offers.removes and path.startswith(OF_DEVELOPERS))
 
     def templated(self, path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
         changes = templated(path, said, template)

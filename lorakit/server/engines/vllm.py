@@ -28,8 +28,15 @@ ADAPTERS_INFO = "vllm:lora_requests_info"  # which adapters answer, for gateways
 
 # SageMaker's names for loading adapters and for asking a model, which no key of vLLM's guards; and a restart in place.
 WAYS_AROUND = ("/adapters", "/invocations", "/scale_elastic_ep", "/collective_rpc")
+# What it offers besides to those who develop it, or train with it, with VLLM_SERVER_DEV_MODE=1.
+OF_DEVELOPERS = (
+    "/reset_", "/sleep", "/wake_up", "/is_sleeping", "/pause", "/resume", "/is_paused", "/abort_requests",
+    "/server_info", "/get_world_size", "/init_weight", "/start_weight", "/start_draft", "/update_weight",
+    "/finish_weight",
+)  # fmt: skip
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"  # only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
 COMPLETIONS = "/v1/completions"
+GATEWAY, ATTENDED = "lorakit.server.Gateway", "lorakit.server.Attended"  # its middleware
 REMOTE_CALL = "/collective_rpc"  # only with VLLM_SERVER_DEV_MODE=1
 
 # What lorakit itself decides; a value of the user's would undo it.
@@ -141,17 +148,17 @@ def refuse_own_flags(arguments: Sequence[str]) -> None:
 
 def command(
     found: Installed, *, base: str, name: str, socket: str, slots: int, rank: int, extra: Sequence[str],
-    memory: int = 0,
+    memory: int = 0, middleware: str = GATEWAY,
 ) -> list[str]:  # fmt: skip
-    """The command that starts vLLM on a private socket with the gateway inside. `memory`: adapters that it holds at
-    all; as many as slots where that is more."""
+    """The command that starts vLLM on a private socket with the gateway inside, or what stands there for a gateway
+    elsewhere. `memory`: adapters that it holds at all; as many as slots where that is more."""
     engine_slots = slots + 1 if needs_spare(found.version, found.cpu) else slots
     own = [
         "--model", base, "--served-model-name", name, "--uds", socket,
         "--enable-lora", "--max-loras", str(engine_slots), "--max-lora-rank", str(rank),
         # never fewer than may be in the engine: what falls out of this cache is read again from disk inside a step
         "--max-cpu-loras", str(max(engine_slots, memory) + 1),
-        "--middleware", "lorakit.server.Gateway",
+        "--middleware", middleware,
         "--trust-request-chat-template",  # of an adapter's own; the gateway refuses clients' unless they are trusted
     ]  # fmt: skip
     if found.cpu and not any(part.startswith("--distributed-executor-backend") for part in extra):
@@ -223,8 +230,54 @@ def environment(found: Installed, environ: Mapping[str, str], *, offline: bool) 
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": str(_kv_cache_gib()),
+            # Or the first logprobs are compiled with a C++ compiler: seconds where there is one, its end where not.
+            "TORCH_COMPILE_DISABLE": "1",
         }
     return {**defaults, **environ, **must}
+
+
+def replica_environment(
+    found: Installed, environ: Mapping[str, str], number: int, count: int, *, parallel: int, offline: bool
+) -> dict[str, str]:
+    """The same for one of several engines on a machine: a part of its GPUs, or of its cores. It listens to nobody but
+    its gateway, so it may offer that to remove an adapter. `parallel`: GPUs that each takes.
+
+    Raises:
+        UsageError: there are too few GPUs; or vLLM was given a key, which would guard it against its gateway.
+    """
+    if environ.get("VLLM_API_KEY"):
+        raise UsageError("VLLM_API_KEY guards one engine that clients ask: with several, set LORAKIT_API_KEY instead")
+    own = {"VLLM_SERVER_DEV_MODE": "1"}
+    if found.cpu:
+        own["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count))
+    else:
+        visible = [one for one in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+        every = visible or [str(index) for index in range(count * parallel)]
+        mine = every[number * parallel : (number + 1) * parallel]
+        if len(mine) < parallel:
+            raise UsageError(
+                f"--replicas {count}: CUDA_VISIBLE_DEVICES names {len(every)} GPUs, and {count * parallel} are needed"
+            )
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    return {**environment(found, environ, offline=offline), **own}
+
+
+def gpus_of_each(arguments: Sequence[str]) -> int:
+    """How many GPUs an engine takes that is started with these arguments.
+
+    Raises:
+        UsageError: a number can't be read.
+    """
+    flags = {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"}
+    count, words = 1, list(arguments)
+    for index, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag.replace("_", "-") in flags:
+            said = value or (words[index + 1] if index + 1 < len(words) else "")
+            if not said.isdigit() or int(said) < 1:
+                raise UsageError(f"{flag} {said}: write a number of GPUs")
+            count *= int(said)
+    return count
 
 
 def _kv_cache_gib() -> int:

@@ -91,6 +91,7 @@ class Arrivals:
         if not rewritten and served and not self._is_there(candidate):
             self.watcher.settle(sight)  # it was removed from the store, and its metrics alone are new
             return
+        self._known.store.ensure_reachable()  # before anything is copied
         await self.take_in(sight, finished=rewritten, late=sight.early and known is None)
         self.watcher.settle(sight)
 

@@ -181,7 +181,7 @@ class Guard:
         if resident is None:
             return None
         try:
-            return await self._known.engine.try_out(resident.engine_name)
+            return await resident.engine.try_out(resident.engine_name)
         finally:
             self._known.residency.done(resident)
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorakit.checkpoints.finished import look_at
 from lorakit.checkpoints.runs import candidates_of
 from lorakit.errors import Incomplete, LorakitError, NotFound, Refused
 from lorakit.merge.base import BaseModel
-from lorakit.server.engines.engine import Engine, LoadFailed
+from lorakit.server.engines.engine import Answering, LoadFailed
 from lorakit.server.file_work import file_work
 from lorakit.server.following.arrivals import Arrivals
+from lorakit.server.following.catching_up import CatchingUp
 from lorakit.server.following.changes import Changes
 from lorakit.server.following.guard import Guard
 from lorakit.server.following.intake import why_never_served
 from lorakit.server.following.leaving import Leaving
-from lorakit.server.following.residency import NoSlot
+from lorakit.server.following.residency import NoSlot, Residence, Residency
 from lorakit.server.following.retention import retention_of
 from lorakit.server.following.rules import finished_between
 from lorakit.server.following.served import Served, about
@@ -35,14 +36,19 @@ from lorakit.server.sharing.comparison import Comparison
 from lorakit.store.catalog import Revision, Run, best, latest
 from lorakit.store.mixes import RUN as MIXES
 from lorakit.store.names import check_name, parse_selector
+from lorakit.store.remote.objects import Unreachable
+from lorakit.store.remote.shared import Overtaken
 from lorakit.store.store import Store
 
 
 class Reconciler(Served):
     """Makes what is served what it should be. The disk is touched in threads, the state on the event loop alone."""
 
-    def __init__(self, settings: Settings, engine: Engine, store: Store, base: BaseModel) -> None:
-        super().__init__(settings, engine, store)
+    def __init__(
+        self, settings: Settings, engine: Answering, store: Store, base: BaseModel,
+        residency_of: Callable[..., Residence] = Residency,
+    ) -> None:  # fmt: skip
+        super().__init__(settings, engine, store, residency_of)
         self.base = base
         self._changes = Changes()
         self._arrivals = Arrivals(self, base, self._changes)
@@ -53,6 +59,7 @@ class Reconciler(Served):
         self.shadow_observers.append(self._guard.observe_shadow)
         self.comparison = Comparison(self)
         self.splitting = Splitting(self, self._changes, self.comparison, self._prove)
+        self._catching_up = CatchingUp(self, self._changes, self._leaving, self.comparison)
         self._following: dict[str, asyncio.Task[None]] = {}
         self._unsettled: set[str] = set()  # runs of which something changed since they were compared
         self._moved: dict[str, float] = {}  # when a run that is followed was last loaded
@@ -140,7 +147,7 @@ class Reconciler(Served):
             self._begin_to_follow()
         self._begin_to_follow()
         self.mixes.look()
-        if not self.converged and self._readying is None and self._nothing_pending(sights):
+        if not self.converged and self.caught_up and self._readying is None and self._nothing_pending(sights):
             self._readying = asyncio.create_task(self._become_ready())
         await self.splitting.look()
 
@@ -187,7 +194,7 @@ class Reconciler(Served):
                 await self._converge(run)
                 await self._leaving.let_go(run)
                 self._troubles.pop(name, None)
-            except NoSlot:
+            except (NoSlot, Overtaken, Unreachable):
                 self._unsettled.add(name)  # at the next look
                 return
             except Exception as error:
@@ -249,7 +256,7 @@ class Reconciler(Served):
         if resident is None:
             raise NoSlot(f"the engine was too busy to ask '{revision.name}' the smoke prompts")
         try:
-            reason = await what_fails(self.engine, resident.engine_name, self._smokes)
+            reason = await what_fails(resident.engine, resident.engine_name, self._smokes)
         finally:
             self.residency.done(resident)
         if reason is None:
@@ -343,9 +350,20 @@ class Reconciler(Served):
             self.events.tell("gone", f"{name} is no longer served", adapter=name)
             for revision in run.revisions.values():
                 self.forget_state(revision)
-            for of_run in (self._moved, self._troubles):
-                of_run.pop(name, None)
+            self._forget(name)
         self._leaving.begin([revision.name for revision in run.revisions.values()], folders)
+
+    def _forget(self, name: str) -> None:
+        for of_run in (self._moved, self._troubles):
+            of_run.pop(name, None)
+
+    async def catch_up(self, name: str, change: Callable[[], None]) -> None:
+        """Serve of a run what the store has of it after a `change` that another server made."""
+        await self._catching_up.catch_up(name, change)
+        if name not in self.runs:
+            self._forget(name)
+        self._unsettled.add(name)
+        self._wake.set()
 
     async def set_alias(self, name: str, alias: str, selector: str) -> Revision:
         """Point an alias at whatever names a revision; the default one (empty, or the name) then stays there.

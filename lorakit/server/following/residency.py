@@ -13,9 +13,10 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lorakit.errors import LorakitError
 from lorakit.server.engines.engine import Engine, LoadFailed
@@ -38,6 +39,47 @@ class Counted:
     removes: int = 0
 
 
+class Residence(Protocol):
+    """Which adapters are where: in one engine (`Residency`), or in several. What the methods do is said there."""
+
+    @property
+    def counted(self) -> Counted: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def residents(self) -> Sequence[Resident]: ...
+
+    @property
+    def places(self) -> int: ...
+
+    @property
+    def has_room(self) -> bool: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    def find(self, name: str) -> Resident | None: ...
+
+    def use(self, name: str) -> Resident | None: ...
+
+    def done(self, resident: Resident) -> None: ...
+
+    async def ensure(
+        self, name: str, folder: Path, *, wait: float, urgent: bool = False, rank: int = 1,
+        instead_of: Path | None = None,
+    ) -> None: ...  # fmt: skip
+
+    async def leave(self, name: str) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def nothing(_: Path) -> None:
+    pass
+
+
 class Residency:
     """The adapters in one engine. All methods run on the event loop; loads and removals are one at a time.
 
@@ -47,13 +89,15 @@ class Residency:
         kept: whether an adapter of this name should stay if others can go.
         pinned: whether one of this name never goes.
         fair_wait: seconds that others wait before a busy adapter takes no new requests until they had their turn.
+        came, went: told of each folder that is in the engine from now on, and is no more.
     """
 
     def __init__(
         self, engine: Engine, *, kept: Callable[[str], bool] = nobody, pinned: Callable[[str], bool] = nobody,
-        fair_wait: float = 1.0,
+        fair_wait: float = 1.0, came: Callable[[Path], None] = nothing, went: Callable[[Path], None] = nothing,
     ) -> None:  # fmt: skip
         self._engine = engine
+        self._came, self._went = came, went
         self._kept, self._pinned = kept, pinned
         limits = engine.limits
         self._room = Room(limits.slots, max(limits.slots, limits.memory), fair_wait)
@@ -115,12 +159,17 @@ class Residency:
         """Of what waits, each gets a slot first."""
         return has_slot(resident, self.residents, self._room, promised=len(self._wants))
 
-    async def ensure(self, name: str, folder: Path, *, wait: float, urgent: bool = False) -> None:
+    async def ensure(
+        self, name: str, folder: Path, *, wait: float, urgent: bool = False, rank: int = 1,
+        instead_of: Path | None = None,
+    ) -> None:  # fmt: skip
         """Have a revision in the engine, with a first token that is a number, and ready to be used at once: `use`
         gives it, if nothing is awaited before.
 
         Args:
             urgent: a busy adapter makes place for it without having had its time; and it is enough that it is there.
+            rank, instead_of: where there are several engines, they say which it is for; `instead_of` is the folder of
+                what a name means now that is to mean this.
 
         Raises:
             LoadFailed: the engine refused it, or its first token was no number.
@@ -186,10 +235,12 @@ class Residency:
                 raise LorakitError(f"the engine did not let go of '{name}': {resident.stuck}")
 
     async def close(self) -> None:
-        """Do nothing more; what is waited for is not waited for any longer."""
+        """Do nothing more; who waits is told so."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
+        for want in list(self._wants.values()):
+            self._fail(want, NoSlot(f"the engine is gone that '{want.name}' was to be loaded into"))
 
     # one step at a time
 
@@ -271,7 +322,9 @@ class Residency:
         engine_name = want.name if count == 0 else f"{want.name}#{count + 1}"
         began = time.monotonic()
         await self._engine.load(engine_name, want.folder)
-        resident = self._residents[want.folder] = Resident(want.name, engine_name, want.folder, entering=True)
+        resident = self._residents[want.folder] = Resident(
+            want.name, engine_name, want.folder, self._engine, entering=True
+        )
         try:
             wrong = await self._wrong(resident, want.wait)
         except BaseException:
@@ -284,6 +337,7 @@ class Residency:
         resident.entering = False
         resident.seconds = time.monotonic() - began
         self.counted.loads += 1
+        self._came(want.folder)
         return resident
 
     async def _wrong(self, resident: Resident, wait: float) -> str | None:
@@ -302,6 +356,7 @@ class Residency:
             if self._names.get(name) is resident:
                 del self._names[name]
         self.counted.removes += 1
+        self._went(resident.folder)
         self._wake()
 
 

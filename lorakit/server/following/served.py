@@ -6,15 +6,16 @@ Its state changes on the event loop alone, so what a request sees between two of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorakit.checkpoints.runs import Candidate
 from lorakit.errors import NotFound
-from lorakit.server.engines.engine import Engine, LoadFailed
+from lorakit.server.engines.engine import Answering, LoadFailed
 from lorakit.server.file_work import file_work
-from lorakit.server.following.residency import NoSlot, Residency
+from lorakit.server.following.residency import NoSlot, Residence, Residency
 from lorakit.server.following.rules import followed, why_not
 from lorakit.server.following.watcher import Place
 from lorakit.server.mixes.kept import Mixes
@@ -40,17 +41,20 @@ class Waiting:
 class Served:
     """State, the questions that requests ask of it, and steps that each leave it consistent."""
 
-    def __init__(self, settings: Settings, engine: Engine, store: Store) -> None:
+    def __init__(
+        self, settings: Settings, engine: Answering, store: Store, residency_of: Callable[..., Residence] = Residency
+    ) -> None:
         self.settings = settings
         self.engine = engine
         self.store = store
         self.events = Events()
-        self.residency = Residency(engine, kept=self.is_kept, pinned=self.is_pinned, fair_wait=settings.fair_wait)
+        self.residency = residency_of(engine, kept=self.is_kept, pinned=self.is_pinned, fair_wait=settings.fair_wait)
         self.runs: dict[str, Run] = {}
         self.waiting: dict[Place, Waiting] = {}
         self.requests: dict[int, int] = {}
         self.observers: list[Observer] = []  # each is told of every answer when it has ended
         self.shadow_observers: list[ShadowObserver] = []  # and of every one that was made for nobody
+        self.caught_up = not settings.store  # what others that share the store have done is known
         self.converged = False  # what was named at start, and what aliases meant before, answers or is refused
         self._unproven: set[int] = set()  # found, and not yet tried out in the engine
         self._proven: set[int] = set()  # once in the engine, and answered there
@@ -174,6 +178,10 @@ class Served:
         self._unproven.add(revision.id)
         self._seconds[revision.id] = seconds
 
+    def vouched_for(self, revision: Revision) -> None:
+        """Another server has tried it out: a request may name it, and loads it."""
+        self._unproven.discard(revision.id)
+
     async def bring_in(self, revision: Revision, *, urgent: bool = False) -> None:
         """Have a revision in the engine, with a first token that is a number; `urgent`: without waiting for its turn.
 
@@ -183,7 +191,10 @@ class Served:
         """
         self._loading.add(revision.id)
         try:
-            await self.residency.ensure(revision.name, revision.folder, wait=self.settings.load_wait, urgent=urgent)
+            await self.residency.ensure(
+                revision.name, revision.folder, wait=self.settings.load_wait, urgent=urgent, rank=revision.rank,
+                instead_of=self._meant_now(revision) if urgent else None,
+            )  # fmt: skip
         except LoadFailed as error:
             if not await self.engine.alive():  # nothing is known of the adapter by that
                 raise NoSlot(f"the engine does not answer, so '{revision.name}' was not loaded") from None
@@ -204,6 +215,12 @@ class Served:
             resident = self.residency.find(revision.name)
             seconds = {**self._seconds.pop(revision.id, {}), "engine": resident.seconds if resident else 0.0}
             self.events.tell("loaded", f"{revision.name} is in the engine", seconds=seconds, **about(revision))
+
+    def _meant_now(self, revision: Revision) -> Path | None:
+        """The folder of what its name means now, if that is another."""
+        run = self.runs.get(revision.run)
+        current = run.revisions.get(run.aliases.get("", -1)) if run is not None else None
+        return current.folder if current is not None and current.id != revision.id else None
 
     def answered(self, answer: Answered) -> None:
         for observer in self.observers:

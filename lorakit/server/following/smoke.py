@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import NotFound, UsageError
-from lorakit.server.engines.engine import Engine
+from lorakit.server.engines.engine import Answering
 
 KEYS = ("prompt", "messages", "expect", "matches", "max_tokens")
 MAX_TOKENS = 16
@@ -87,7 +87,7 @@ def _smoke(file: Path, number: int, line: str) -> Smoke:
     return Smoke(number, asked, expect, pattern, tokens)
 
 
-async def what_fails(engine: Engine, model: str, smokes: Sequence[Smoke]) -> str | None:
+async def what_fails(engine: Answering, model: str, smokes: Sequence[Smoke]) -> str | None:
     """Why an adapter in the engine does not pass; None when it does."""
     for smoke in smokes:
         path, body = smoke.request(model)

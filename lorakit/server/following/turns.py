@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorakit.server.engines.engine import Answering
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -26,7 +28,7 @@ class Room:
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """An adapter in the engine, under a name that the engine was never given before; `names` are the revisions of its
+    """An adapter in an engine, under a name that the engine was never given before; `names` are the revisions of its
     content that were asked for, `name` the first of them.
 
     `leaving`: it is not wanted any more. `waited_for`: another needs its slot. `entering`: it is not proven yet.
@@ -37,6 +39,7 @@ class Resident:
     name: str
     engine_name: str
     folder: Path
+    engine: Answering
     names: set[str] = field(default_factory=set)
     in_flight: int = 0
     promised: int = 0

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from lorakit.errors import LorakitError, NotFound, Refused
 from lorakit.server.access.rights import rights_of
 from lorakit.server.access.seen import seen_by
-from lorakit.server.engines.engine import Engine, LoadFailed
+from lorakit.server.engines.engine import Answering, LoadFailed, Unreached
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.following.residency import NoSlot
 from lorakit.server.following.served import Served
@@ -67,6 +67,7 @@ REFUSALS: tuple[tuple[type[LorakitError], int, str, str | None], ...] = (
     (TooLarge, 413, "BadRequestError", None),
     (TooMany, 429, "RateLimitError", None),
     (NoSlot, 503, "ServiceUnavailableError", None),
+    (Unreached, 503, "ServiceUnavailableError", None),
     (MixNotMade, 503, "ServiceUnavailableError", None),
     (MixRefused, 422, "UnprocessableEntityError", "model"),
     (Refused, 400, "BadRequestError", "model"),
@@ -105,7 +106,10 @@ class Asking:
     async def answer(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
         """Answer one request, and tell what is known of it when that has ended."""
         if is_of_stored(path):
-            await self._stored.answer(scope, receive, send, path)
+            try:
+                await self._stored.answer(scope, receive, send, path)
+            except Unreached as error:
+                await _refusal(error)(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send, path)
         try:
@@ -139,32 +143,55 @@ class Asking:
             adapter = MIXES if model.startswith(OPENS) else split_model(model)[0]
             if adapter == MIXES or known.has(adapter):  # of others nobody is to learn how busy they are
                 leaving.enter_context(self._in_flight.to_adapter(adapter))
-            begun = exchange.seconds
             asker = known.asker_for(model, asker_of(exchange.path, asked.said, rights.key))
-            revision, resident = await self._acquire(model, known, asker)
-            if resident is not None:
-                leaving.callback(self._reconciler.residency.done, resident)
-            exchange.revision, exchange.waited = revision, exchange.seconds - begun
-            members = await self._members(exchange.path, asked, revision, resident)
-            if rights.allowance.tokens and (usage := asking_for_usage(exchange.path, asked)):
-                exchange.hide_usage()
-                members |= usage
-            body = asked.naming(members)
-            background = bool(asked.said.get("background"))
-            receive = replayed(body, patience.receive)
-            scope = with_length(scope, len(body))
-            mirrored = self._shadows.mirrored(scope, exchange, asked, len(body))
+            question = [asked]
             del asked, body  # large ones are not kept for as long as the answer takes
-            if not patience.over:
-                send, found = self._named(patience, revision, resident, rights.key)
-                send = send if mirrored is None else mirrored.heard.hearing(send)
+            for again in (True, False):
+                held = leaving.enter_context(ExitStack())
                 try:
-                    await self._engine.answer(scope, receive, send)
-                finally:
-                    if found and background:
-                        self._stored.hold(found[0], leaving.pop_all())
-            if mirrored is not None:
-                self._shadows.begin(mirrored)
+                    await self._hand_on(scope, exchange, patience, question, known, asker, leaving, held)
+                    return
+                except Unreached:
+                    if not (again and question):
+                        raise
+                    held.close()  # another engine may have it, or can have it
+
+    async def _hand_on(
+        self, scope: Scope, exchange: Exchange, patience: Patience, question: list[Asked], known: Served,
+        asker: str | int | None, leaving: ExitStack, held: ExitStack,
+    ) -> None:  # fmt: skip
+        """To an engine that can answer it. `question` is emptied when the answer begins; `held` is what is counted for
+        this engine, and in `leaving`, which is all that is counted for the request.
+
+        Raises:
+            Unreached: that engine is gone.
+        """
+        asked, rights, begun = question[0], rights_of(scope), exchange.seconds
+        revision, resident = await self._acquire(exchange.model, known, asker)
+        if resident is not None:
+            held.callback(self._reconciler.residency.done, resident)
+        engine = resident.engine if resident is not None else self._engine
+        exchange.revision, exchange.waited = revision, exchange.seconds - begun
+        members = await self._members(exchange.path, asked, revision, resident)
+        if rights.allowance.tokens and (usage := asking_for_usage(exchange.path, asked)):
+            exchange.hide_usage()
+            members |= usage
+        body = asked.naming(members)
+        background = bool(asked.said.get("background"))
+        receive = replayed(body, patience.receive)
+        scope = with_length(scope, len(body))
+        mirrored = self._shadows.mirrored(scope, exchange, asked, len(body))
+        del asked, body
+        if not patience.over:
+            send, found = self._named(patience, engine, revision, resident, rights.key)
+            send = send if mirrored is None else mirrored.heard.hearing(send)
+            try:
+                await engine.answer(scope, receive, emptying(question, send))
+            finally:
+                if found and background:
+                    self._stored.hold(found[0], leaving.pop_all())
+        if mirrored is not None:
+            self._shadows.begin(mirrored)
 
     def _model_of(self, asked: Asked, path: str) -> str | None:
         """None where it names none, and need not.
@@ -211,18 +238,20 @@ class Asking:
         if revision is None or resident is None:
             return {"model": self._engine.limits.base}
         template = await self._templates.of(revision, tools=bool(asked.said.get("tools")))
-        own = {} if template is None else self._engine.templated(path, asked.said, template)
+        own = {} if template is None else resident.engine.templated(path, asked.said, template)
         return {"model": resident.engine_name, **own}
 
     def _named(
-        self, patience: Patience, revision: Revision | None, resident: Resident | None, key: str
+        self, patience: Patience, engine: Answering, revision: Revision | None, resident: Resident | None, key: str
     ) -> tuple[Send, list[str]]:
         """The way of the answer; for one that is stored, its id as soon as it has said it."""
         base = self._engine.limits.base
         name, engine_name = revision.name if revision else base, resident.engine_name if resident else base
-        send = with_mix_error(_or_unavailable(self._engine, patience.send), self._reconciler.mixes.error_of(revision))
+        send = with_mix_error(_or_unavailable(engine, patience.send), self._reconciler.mixes.error_of(revision))
         send = named_answer(send, name, engine_name)
-        return self._stored.listening(send, name, engine_name, key) if patience.path == RESPONSES else (send, [])
+        if patience.path != RESPONSES:
+            return send, []
+        return self._stored.listening(send, engine, name, engine_name, key)
 
 
 _OF_THE_BODY = (b"content-length", b"transfer-encoding")
@@ -275,7 +304,17 @@ def replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _or_unavailable(engine: Engine, send: Send) -> Send:
+def emptying(question: list[Asked], send: Send) -> Send:
+    """Lets go of what was asked as soon as it is being answered."""
+
+    def sent(message: Message) -> Awaitable[None]:
+        question.clear()
+        return send(message)
+
+    return sent
+
+
+def _or_unavailable(engine: Answering, send: Send) -> Send:
     """Says 503 in place of the 500 of an engine that ended meanwhile: to ask again is right."""
     ended = False
 

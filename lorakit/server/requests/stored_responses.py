@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lorakit.errors import NotFound
 from lorakit.server.access.rights import Rights, rights_of
-from lorakit.server.engines.engine import Engine
+from lorakit.server.engines.engine import Answering
 from lorakit.server.requests.answers import error_response
 from lorakit.server.requests.naming import named_answer
 
@@ -36,8 +36,10 @@ class NoResponse(NotFound):
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """Which revision it is of, as clients and as the engine know it, and whose key asked for it."""
+    """Which engine has it, which revision it is of, as clients and as the engine know it, and whose key asked for
+    it."""
 
+    engine: Answering
     name: str
     engine_name: str
     key: str
@@ -51,7 +53,7 @@ def is_of_stored(path: str) -> bool:
 class StoredResponses:
     """Which revision each answer is of, and whose; those made in the background hold their revision to their end."""
 
-    def __init__(self, engine: Engine, spend: Spend) -> None:
+    def __init__(self, engine: Answering, spend: Spend) -> None:
         self._engine = engine
         self._spend = spend
         self._answers: OrderedDict[str, _Answer] = OrderedDict()
@@ -62,14 +64,14 @@ class StoredResponses:
             task.cancel()
         await asyncio.gather(*self._held, return_exceptions=True)
 
-    def listening(self, send: Send, name: str, engine_name: str, key: str) -> tuple[Send, list[str]]:
+    def listening(self, send: Send, engine: Answering, name: str, engine_name: str, key: str) -> tuple[Send, list[str]]:
         """Passes an answer on, and gives its id as soon as it has said it."""
         found: list[str] = []
 
         async def listened(message: Message) -> None:
             if not found and (match := _ID.search(message.get("body", b"")[:_HEAD])):
                 found.append(match[1].decode())
-                self._answers[found[0]] = _Answer(name, engine_name, key)
+                self._answers[found[0]] = _Answer(engine, name, engine_name, key)
                 if len(self._answers) > _REMEMBERED:
                     self._answers.popitem(last=False)
             await send(message)
@@ -100,7 +102,11 @@ class StoredResponses:
             return
         known = self._answers.get(id)
         named = named_answer(send, known.name, known.engine_name) if known else send
-        await self._engine.answer(scope, receive, named)
+        await self._engine_of(id).answer(scope, receive, named)
+
+    def _engine_of(self, id: str) -> Answering:
+        known = self._answers.get(id)
+        return self._engine if known is None else known.engine
 
     def refuse_others(self, id: Any, rights: Rights) -> None:
         """Raises NoResponse where an answer was not asked for with this key, or nobody knows any more by whom."""
@@ -112,7 +118,7 @@ class StoredResponses:
 
     async def _said(self, id: str) -> dict[str, Any]:
         """What the engine says of an answer; nothing where it does not know it any more."""
-        _, body = await self._engine.call("GET", f"{PATH}/{id}", None)
+        _, body = await self._engine_of(id).call("GET", f"{PATH}/{id}", None)
         try:
             said = json.loads(body)
         except ValueError:

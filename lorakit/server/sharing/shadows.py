@@ -152,7 +152,7 @@ class Shadows:
         exchange.model, exchange.revision = mirrored.exchange.model, revision
         async with Patience(known.settings.request_timeout or PATIENCE, exchange) as patience:
             with suppress(Exception):  # of the engine's own: what has no end counts as an error
-                await known.engine.answer(scope, patience.receive, patience.send)
+                await resident.engine.answer(scope, patience.receive, patience.send)
         return exchange.answered() if exchange.ended else replace(exchange.answered(), broke=True)
 
     def _drop(self, model: str, revisions: Iterable[Revision]) -> None:

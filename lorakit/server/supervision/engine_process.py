@@ -41,8 +41,9 @@ class EngineProcess:
     """
 
     def __init__(
-        self, command: tuple[list[str], dict[str, str]], phase_of: PhaseOf, patience: float, form: LogFormat
-    ) -> None:
+        self, command: tuple[list[str], dict[str, str]], phase_of: PhaseOf, patience: float, form: LogFormat,
+        what: str = "engine",
+    ) -> None:  # fmt: skip
         arguments, variables = command
         ours, theirs = line.pair()
         self._process = subprocess.Popen(
@@ -58,7 +59,8 @@ class EngineProcess:
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._heard = self._spoke = self._started = time.monotonic()
         self._stuck = 0.0
-        self._phase = "importing vLLM"
+        self._what = what
+        self._phase = "importing vLLM" if what == "engine" else "waiting for the engines"
         self._why = ""
         self.reports: set[str] = set()
         self.begun = self.listening = False
@@ -98,7 +100,7 @@ class EngineProcess:
 
     @property
     def phase(self) -> str:
-        return f"the engine is starting: {self._phase}"
+        return f"the {self._what} is starting: {self._phase}"
 
     @property
     def last_words(self) -> str:
@@ -124,6 +126,17 @@ class EngineProcess:
                 if os.getpgid(int(folder.name)) == self._process.pid:
                     found.append(int(folder.name))
         return found
+
+    def past_help(self, *, hung: float, start: float) -> str | None:
+        """Why it is to be ended, if it is: seconds without a sign of life, and without a line in its log while it
+        starts."""
+        if "failed" in self.reports:
+            return self.how_it_ended
+        if "up" in self.reports and self.silent > hung:
+            return f"it has not answered for {self.silent:.0f} s"
+        if "here" not in self.reports and self.quiet > start:
+            return f"it has logged nothing for {self.quiet:.0f} s while it started"
+        return None
 
     # what it says
 

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorakit.errors import EngineFailed
 from lorakit.server.certificate import Certificate
 from lorakit.server.engines.canary import Canary
+from lorakit.server.engines.engine import Answering
 from lorakit.server.requests.answers import unavailable
 from lorakit.server.settings import Settings
 from lorakit.server.supervision.line import Line, Word
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 CONTROL_FD = "LORAKIT_CONTROL_FD"
 HEARTBEAT = 1.0  # seconds
+MOMENT = 0.1  # seconds in which what a client sends at once has come
 LEAVING = 3600.0  # seconds that requests may take to end when another server has taken over
 
 
@@ -115,12 +117,14 @@ class Supervised:
         if word is None or word.say != "begin":
             raise EngineFailed("the supervisor does not want this engine any more")
 
-    async def run(self, app: ASGIApp, gateway: Gateway) -> None:
-        """Take the public socket over, serve on it, and end with the supervisor or when it says so."""
+    async def run(self, app: ASGIApp, gateway: Gateway, *, elsewhere: bool = False) -> None:
+        """Take the public socket over, serve on it, and end with the supervisor or when it says so. `elsewhere`: its
+        engines are other processes, and that they answer is not told here."""
         public = Public(app)
         server = public_server(public, self._settings.drain, self._settings.certificate)
         serving: asyncio.Task[None] | None = None
-        telling = asyncio.create_task(self._tell(gateway, public))
+        engine = None if elsewhere else gateway.reconciler.engine
+        telling = asyncio.create_task(self._tell(engine, public, lambda: gateway.reconciler.converged))
         try:
             while word := await self._line.hear():
                 if word.say == "listen" and serving is None:
@@ -135,6 +139,7 @@ class Supervised:
                     await self._leave(server, public)
                     break
                 elif word.say == "stop":
+                    await self._accept_no_more(server, public)
                     break
         finally:
             telling.cancel()
@@ -144,36 +149,56 @@ class Supervised:
                     await serving
             os.kill(os.getpid(), signal.SIGTERM)  # vLLM ends its workers, then itself
 
+    async def run_alone(self, engine: Answering) -> None:
+        """Of an engine that is asked by a gateway elsewhere: tell how it is, and end with the supervisor or when it
+        says so."""
+        telling = asyncio.create_task(self._tell(engine, None, lambda: True))
+        try:
+            while (word := await self._line.hear()) and word.say != "stop":
+                pass
+        finally:
+            telling.cancel()
+            os.kill(os.getpid(), signal.SIGTERM)
+
     async def _leave(self, server: uvicorn.Server, public: Public) -> None:
         """Accept no more; requests over connections that are open are answered, the last one with a word to go."""
-        public.leaving = True
-        for listening in server.servers:
-            listening.close()
+        await self._accept_no_more(server, public)
         idle_until, ends = time.monotonic() + self._settings.drain, time.monotonic() + LEAVING
         while server.server_state.connections and time.monotonic() < ends:  # uvicorn has no event for it
             if not public.in_flight and time.monotonic() > idle_until:
                 return
             await asyncio.sleep(0.05)
 
-    async def _tell(self, gateway: Gateway, public: Public) -> None:
-        """How it is, until it is not well any more."""
-        known = gateway.reconciler
-        canary = Canary(known.engine, self._settings.canary)
-        asking = asyncio.create_task(canary.run())
+    async def _accept_no_more(self, server: uvicorn.Server, public: Public) -> None:
+        """A request is answered whose connection was accepted a moment ago: uvicorn would reset it."""
+        public.leaving = True
+        if server.started:
+            for listening in server.servers:
+                listening.close()
+            await asyncio.sleep(MOMENT)
+
+    async def _tell(self, engine: Answering | None, public: Public | None, converged: Callable[[], bool]) -> None:
+        """How it is, until it is not well any more; without an engine, that this process is."""
+        canary = Canary(engine, self._settings.canary) if engine is not None else None
+        asking = asyncio.create_task(canary.run()) if canary is not None else None
         ready = False
         with contextlib.suppress(OSError):
             try:
                 await self._line.say("up")
-                while canary.wrong is None and await known.engine.alive():
-                    public.stuck = canary.stuck > self._settings.silent_limit
-                    await self._line.say("alive", stuck=canary.stuck)
-                    if not ready and known.converged:
+                while (canary is None or canary.wrong is None) and (engine is None or await engine.alive()):
+                    stuck = canary.stuck if canary is not None else 0.0
+                    if public is not None:
+                        public.stuck = stuck > self._settings.silent_limit
+                    await self._line.say("alive", stuck=stuck)
+                    if not ready and converged():
                         ready = True
                         await self._line.say("ready")
                     await asyncio.sleep(0.1 if not ready else HEARTBEAT)
-                await self._line.say("failed", reason=canary.wrong or "its own health check says that it is dead")
+                wrong = canary.wrong if canary is not None else None
+                await self._line.say("failed", reason=wrong or "its own health check says that it is dead")
             finally:
-                asking.cancel()
+                if asking is not None:
+                    asking.cancel()
 
 
 def tell_of_ended(gateway: Any, word: Word) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from lorakit.errors import Conflict
+from lorakit.errors import Conflict, EngineFailed
+from lorakit.files.folders import temporary_folder
 from lorakit.server.engines import vllm
 from lorakit.server.settings import Settings
 from lorakit.server.sight.logs import own_line
+from lorakit.server.spread.told import engines_told
 from lorakit.server.supervision.engine_process import Command
+from lorakit.server.supervision.keeper import Keeper
 from lorakit.server.supervision.room import no_room_beside
-from lorakit.server.supervision.supervisor import Supervisor, Times, listen
+from lorakit.server.supervision.supervisor import RUNTIME_PREFIX, Supervisor, Times, listen, place_for_sockets
 from lorakit.server.supervision.takeover import SUFFIX, take_over
 from lorakit.store.serving import serving
 from lorakit.store.store import open_store
@@ -21,6 +29,9 @@ from lorakit.store.store import open_store
 if TYPE_CHECKING:
     from lorakit.server.engines.front import Beside
     from lorakit.server.engines.remote import RemoteEngine
+
+
+Start = Callable[[int, str], tuple[list[str], dict[str, str]]]  # an engine's number, its socket: arguments, variables
 
 
 def run_engine(
@@ -56,6 +67,74 @@ def run_engine(
     return supervisor.exit_code
 
 
+def run_replicas(
+    start: Start, count: int, settings: Settings, *, base: str, base_path: str, max_rank: int, host: str, port: int,
+    what: str,
+) -> int:  # fmt: skip
+    """Several engines, and a gateway in front of them, each a process that is started again when it ends, until a
+    signal ends it: the exit code. `base` is the base's identity, `base_path` its folder.
+
+    Raises:
+        Conflict: the port is taken.
+        EngineFailed: an engine does not start.
+    """
+    with (
+        closing(listen(host, port)) as public,
+        temporary_folder(place_for_sockets(), RUNTIME_PREFIX, 0o700) as sockets,
+    ):
+        with open_store(settings.store_home, base):  # one that can't be used is said before vLLM is started
+            pass
+        url = _url(settings, host, public.getsockname()[1])
+        print(own_line(f"{count} x {what}, on {url}", settings.log_format), file=sys.stderr, flush=True)
+        paths = [sockets / f"{number}.sock" for number in range(count)]
+        keepers = [_keeper(start, number, path, settings) for number, path in enumerate(paths)]
+        engines = {str(number): f"unix:{path}" for number, path in enumerate(paths)}
+        told = engines_told(engines, base_path=base_path, max_rank=max_rank)
+
+        def front(_: str) -> tuple[list[str], dict[str, str]]:
+            variables = {**os.environ, **settings.as_environment(), **told, "PYTHONUNBUFFERED": "1"}
+            return [sys.executable, "-m", "lorakit.server.spread.front"], variables
+
+        supervisor = Supervisor(
+            public, front, phase_of=_no_phase, times=_times(settings), log_format=settings.log_format,
+            certificate=settings.certificate, what="gateway",
+        )  # fmt: skip
+        asyncio.run(_together(supervisor, keepers))
+    return supervisor.exit_code
+
+
+def _keeper(start: Start, number: int, path: Path, settings: Settings) -> Keeper:
+    return Keeper(
+        str(number), path, lambda socket: start(number, socket), phase_of=vllm.phase_of, times=_times(settings),
+        log_format=settings.log_format,
+    )  # fmt: skip
+
+
+async def _together(supervisor: Supervisor, keepers: Sequence[Keeper]) -> None:
+    """The gateway ends first, and then the engines that it asks."""
+    serving = asyncio.create_task(supervisor.run())
+    keeping = [asyncio.create_task(keeper.run()) for keeper in keepers]
+    try:
+        await asyncio.wait([serving, *keeping], return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            supervisor.stop()
+            with contextlib.suppress(EngineFailed):  # why an engine did not start is what is to be said
+                await serving
+        for task in (*keeping, serving):
+            if task.done():
+                task.result()
+    finally:
+        for keeper, task in zip(keepers, keeping, strict=True):
+            if supervisor.at_once:
+                keeper.end_at_once()
+            task.cancel()
+        await asyncio.gather(*keeping, return_exceptions=True)
+
+
+def _no_phase(_: str) -> None:
+    return None
+
+
 def run_in_front(
     url: str, settings: Settings, *, base_path: str, max_rank: int, host: str, port: int,
     kind: type[RemoteEngine] | None = None, beside: Beside | None = None,
@@ -77,6 +156,21 @@ def run_in_front(
                 url, public, settings, base_path=base_path, max_rank=max_rank, kind=kind or RemoteEngine, beside=beside
             )
         )
+
+
+def run_in_front_of(
+    urls: Sequence[str], settings: Settings, *, base_path: str, max_rank: int, host: str, port: int
+) -> int:
+    """The same before several of them."""
+    from lorakit.server.spread.front import serve_in_front_of
+
+    with closing(listen(host, port)) as public:
+        where = _url(settings, host, public.getsockname()[1])
+        print(
+            own_line(f"the engines at {', '.join(urls)}, on {where}", settings.log_format), file=sys.stderr, flush=True
+        )
+        engines = {urlsplit(url).netloc: url for url in urls}
+        return asyncio.run(serve_in_front_of(engines, public, settings, base_path=base_path, max_rank=max_rank))
 
 
 def _times(settings: Settings) -> Times:

@@ -77,7 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _place_for_sockets() -> Path:
+def place_for_sockets() -> Path:
     """The folder for temporary files, unless its name leaves no room in a socket's path, which may have 108 bytes."""
     named = tempfile.gettempdir()
     return Path(named if len(os.fsencode(named)) <= 70 else "/tmp")
@@ -85,13 +85,15 @@ def _place_for_sockets() -> Path:
 
 class Supervisor:
     """Runs one engine until it is told to stop. `phase_of` reads what the engine is doing from a line of its log;
-    `taken` is the line to the server that this one takes over from, `way_in` where another may take over from this."""
+    `taken` is the line to the server that this one takes over from, `way_in` where another may take over from this,
+    `what` the engine is called."""
 
     def __init__(
         self, public: socket.socket, command: Command, *, phase_of: PhaseOf, times: Times,
         log_format: LogFormat = "text", way_in: Path | None = None, taken: socket.socket | None = None,
-        certificate: Certificate | None = None,
+        certificate: Certificate | None = None, what: str = "engine",
     ) -> None:  # fmt: skip
+        self._what = what
         self._public = public
         self._command = command
         self._phase_of = phase_of
@@ -100,7 +102,7 @@ class Supervisor:
         self._log_format = log_format
         self._way_in = way_in
         self._taken = Line(taken) if taken is not None else None
-        self._reason = "the engine is starting"
+        self._reason = f"the {what} is starting"
         self._again_at = 0.0
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
@@ -122,7 +124,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop, number)
-        with temporary_folder(_place_for_sockets(), RUNTIME_PREFIX, 0o700) as runtime, door(self._way_in) as way_in:
+        with temporary_folder(place_for_sockets(), RUNTIME_PREFIX, 0o700) as runtime, door(self._way_in) as way_in:
             others = [asyncio.create_task(self._hear_successors(way_in))]
             if (taken := self._taken) is not None:
                 others.append(asyncio.create_task(self._hear_predecessor(taken)))
@@ -145,7 +147,7 @@ class Supervisor:
             # a path of its own for each: a socket's file outlives a process that was killed
             engine = EngineProcess(
                 self._command(str(runtime / f"{starts}.sock")), self._phase_of, self._times.drain + self._times.ending,
-                self._log_format,
+                self._log_format, self._what,
             )  # fmt: skip
             self._engine = engine
             starts += 1
@@ -157,7 +159,8 @@ class Supervisor:
             if self._stopping.is_set():
                 break
             if not (was_up or engine.listening):
-                raise EngineFailed(f"vLLM did not start: {engine.how_it_ended}\n{engine.last_words}")
+                what = "vLLM" if self._what == "engine" else f"the {self._what}"
+                raise EngineFailed(f"{what} did not start: {engine.how_it_ended}\n{engine.last_words}")
             was_up = True
             failures = 0 if engine.listening and engine.age > 60 else failures + 1
             self._ended.append(engine.as_ended())
@@ -165,13 +168,22 @@ class Supervisor:
 
     async def _pause(self, how: str, seconds: float) -> None:
         """Before the next start, longer each time that it fails soon."""
-        self._say(f"the engine ended ({how}); it is started again in {seconds:g} s")
-        self._reason = f"the engine ended ({how}) and is started again"
+        self._say(f"the {self._what} ended ({how}); it is started again in {seconds:g} s")
+        self._reason = f"the {self._what} ended ({how}) and is started again"
         self._again_at = time.monotonic() + seconds
         await self._answer_here()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+
+    @property
+    def at_once(self) -> bool:
+        """Whether it is to end without finishing."""
+        return self._at_once.is_set()
+
+    def stop(self) -> None:
+        """As if it were told to."""
+        self._stopping.set()
 
     def _stop(self, number: int) -> None:
         self.exit_code = 130 if number == signal.SIGINT else 0
@@ -193,8 +205,8 @@ class Supervisor:
                     await self._part_from(engine)
                     break
                 await self._see_to(engine)
-                if why := self._past_help(engine):
-                    self._say(f"the engine is ended: {why}")
+                if why := engine.past_help(hung=self._times.hung, start=self._times.start):
+                    self._say(f"the {self._what} is ended: {why}")
                     engine.kill(why)
                     break
                 changed = asyncio.create_task(engine.changed.wait())
@@ -215,7 +227,7 @@ class Supervisor:
             self._ended.clear()
             await self._take_over()
         if engine.listening and engine.silent <= self._times.silent:
-            self._reason = "the engine does not answer"
+            self._reason = f"the {self._what} does not answer"
             await self._leave_to_engine()
         elif engine.listening:
             await self._answer_here()
@@ -225,16 +237,6 @@ class Supervisor:
             self._reason = f"{engine.phase}, for {engine.age:.0f} s"
             if self._taken is None:
                 await self._answer_here()
-
-    def _past_help(self, engine: EngineProcess) -> str | None:
-        """Why it is to be ended, if it is."""
-        if "failed" in engine.reports:
-            return engine.how_it_ended
-        if "up" in engine.reports and engine.silent > self._times.hung:
-            return f"it has not answered for {engine.silent:.0f} s"
-        if "here" not in engine.reports and engine.quiet > self._times.start:
-            return f"it has logged nothing for {engine.quiet:.0f} s while it started"
-        return None
 
     async def _part_from(self, engine: EngineProcess) -> None:
         if self._succeeded:

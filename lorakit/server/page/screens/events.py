@@ -16,7 +16,7 @@ SHOWN = 100
 KINDS = {
     "loaded": "good", "ready": "good", "alias": "accent", "split": "accent", "mixed": "accent", "refused": "bad",
     "failed": "bad", "stalled": "warn", "held": "warn", "rollback": "warn", "engine": "warn", "found": "",
-    "gone": "", "removed": "",
+    "gone": "", "removed": "", "reached": "good",
 }  # fmt: skip
 
 

@@ -1,0 +1,50 @@
+"""What stands in a vLLM that lorakit started for a gateway elsewhere: it tells the supervisor how the engine is.
+
+--middleware lorakit.server.Attended
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorakit.errors import LorakitError
+from lorakit.server.engines.inside import InsideEngine
+from lorakit.server.settings import from_environment
+from lorakit.server.sight.logs import log_to_stderr
+from lorakit.server.supervision.listener import supervised
+
+
+class Attended:
+    """`app` is vLLM's own; what is asked of it passes through."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._inner = app
+        self._running: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._inner(scope, receive, send)
+            return
+
+        async def started(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                try:
+                    await self._start(scope["app"])
+                except LorakitError as error:
+                    await send({"type": "lifespan.startup.failed", "message": f"lorakit: {error}"})
+                    raise
+            await send(message)
+
+        await self._inner(scope, receive, started)
+
+    async def _start(self, app: Any) -> None:
+        settings = from_environment()
+        log_to_stderr(settings.log_format)
+        engine = InsideEngine(self._inner, app)
+        line = supervised(settings)
+        if line is not None:
+            await line.may_begin()
+            self._running = asyncio.create_task(line.run_alone(engine))
