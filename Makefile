@@ -21,7 +21,7 @@ help:
 	@echo 'make bench   measure beside the peers'
 	@echo 'make docs    the documentation as a site: site/index.html'
 	@echo 'make setup   only the .venv        make clean      remove it and all that was built'
-	@echo 'make setup-trainers   what the tests run besides: trainers, and a bucket'
+	@echo 'make setup-trainers   what the tests run besides: trainers, a bucket, Ray'
 	@echo 'make setup-browser    a Chromium for the tests of the page, from Debian'
 
 setup: $(STAMP)
@@ -36,17 +36,18 @@ $(STAMP): requirements/torch-cpu.txt requirements/cpu.txt requirements/page.txt 
 	@$(PIP) --no-build-isolation --editable .
 	@touch $(STAMP)
 
-# Trainers, and a bucket, that the tests run as programs of their own, where nothing else sees them.
+# Trainers, a bucket and Ray, which the tests run as programs of their own, where nothing else sees them.
 setup-trainers: $(TRAINERS) $(VENV)/docs/.installed
 
 $(TRAINERS): requirements/trainers.txt requirements/deepspeed.txt requirements/services.txt \
-		requirements/lorax-client.txt requirements/schemathesis.txt | $(STAMP)
-	@echo 'Setting up the trainers that the tests run (400 MB, a minute) ...'
-	@rm -rf $(VENV)/trainers $(VENV)/deepspeed $(VENV)/services $(VENV)/lorax-client $(VENV)/schemathesis
+		requirements/lorax-client.txt requirements/schemathesis.txt requirements/ray.txt | $(STAMP)
+	@echo 'Setting up the trainers that the tests run, and Ray (700 MB, a minute) ...'
+	@rm -rf $(VENV)/trainers $(VENV)/deepspeed $(VENV)/services $(VENV)/lorax-client $(VENV)/schemathesis $(VENV)/ray
 	@$(PIP) --target $(VENV)/trainers -r requirements/trainers.txt
 	@$(PIP) --target $(VENV)/services -r requirements/services.txt
 	@$(PIP) --target $(VENV)/lorax-client -r requirements/lorax-client.txt
 	@$(PIP) --target $(VENV)/schemathesis -r requirements/schemathesis.txt
+	@$(PIP) --target $(VENV)/ray -r requirements/ray.txt
 	@$(PIP) --no-build-isolation --target $(VENV)/deepspeed -r requirements/deepspeed.txt || \
 		{ rm -rf $(VENV)/deepspeed; echo 'DeepSpeed could not be built here: its tests will be skipped' >&2; }
 	@touch $(TRAINERS)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lorakit.cli.ray_option import WithRay, data_alone, ray_option, where
 from lorakit.cli.shared import dry_run_option, json_option, note, print_json, progress_bar
 from lorakit.errors import UsageError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 SHOWN = 4  # names in a line
 
 
-@click.command("convert")
+@click.command("convert", cls=WithRay)
 @click.argument("checkpoint", metavar="CHECKPOINT")
 @click.option("--out", type=click.Path(), help="The folder to write; it must not exist.")
 @click.option(
@@ -49,7 +50,8 @@ SHOWN = 4  # names in a line
     "--for", "target", type=click.Choice(["vllm", "lorax", "sglang", "llama.cpp", "peft"]), default="vllm",
     show_default=True, help="Who is to load the adapter.",
 )  # fmt: skip
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one a core.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one a core. With --ray, of a task.")
+@ray_option
 @dry_run_option
 @json_option
 def command(
@@ -67,6 +69,7 @@ def command(
     rank: int | None,
     target: str,
     workers: int | None,
+    ray: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -84,11 +87,12 @@ def command(
         raise UsageError("name the folder to write with --out, or ask for the plan alone with --dry-run")
     from lorakit.convert.convert import convert
 
-    with progress_bar("converting", wanted=not (dry_run or as_json)) as progress:
+    with data_alone(ray), progress_bar("converting", wanted=not (dry_run or as_json)) as progress:
         report = convert(
             checkpoint, out, like, dtype=dtype, weights=weights, only=_parts(only), quantize=quantize,
             max_shard_size=max_shard_size, strict=not no_strict, max_rank=max_lora_rank, rank=rank,
-            approximate=approximate, target=target, dry_run=dry_run, workers=workers, progress=progress,
+            approximate=approximate, target=target, dry_run=dry_run, workers=workers, ray=where(ray),
+            progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(report.as_dict())

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lorakit.cli.ray_option import WithRay, data_alone, ray_option, where
 from lorakit.cli.shared import (
     count,
     device_option,
@@ -20,7 +21,7 @@ from lorakit.cli.shared import (
 from lorakit.errors import UsageError
 
 
-@click.command("extract")
+@click.command("extract", cls=WithRay)
 @click.argument("tuned")
 @click.option("--base", help="Model folder or hub id that it was trained from. An adapter names it itself.")
 @click.option("--out", type=click.Path(), help="The folder to write; it must not exist.")
@@ -38,6 +39,7 @@ from lorakit.errors import UsageError
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="All modules but such.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random blocks that the SVDs start from.")
 @device_option
+@ray_option
 @dry_run_option
 @json_option
 def command(
@@ -54,6 +56,7 @@ def command(
     exclude: tuple[str, ...],
     seed: int,
     device: str,
+    ray: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -69,11 +72,11 @@ def command(
         raise UsageError("name the folder to write with --out, or ask for the report alone with --dry-run")
     from lorakit.mix.extraction.extract import extract
 
-    with progress_bar("extracting", wanted=not as_json) as progress:
+    with data_alone(ray), progress_bar("extracting", wanted=not as_json) as progress:
         report = extract(
             tuned, base, out, rank=rank, energy=energy, budget=count(budget), max_rank=max_rank, own_ranks=own_ranks,
             save_rest=save_rest, include=include, exclude=exclude, device=device, seed=seed, dry_run=dry_run,
-            progress=progress,
+            ray=where(ray), progress=progress,
         )  # fmt: skip
     result = report.as_dict()
     if as_json:

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from lorakit.cli.ray_option import WithRay, data_alone, ray_option, where
 from lorakit.cli.shared import device_option, dry_run_option, json_option, note, print_json, progress_bar, weighted
 from lorakit.errors import UsageError
 
 
-@click.command("merge")
+@click.command("merge", cls=WithRay)
 @click.argument("adapters", metavar="ADAPTER[=WEIGHT]...", nargs=-1, required=True)
 @click.option("--base", help="Model folder or hub id. Left out: the one that the adapter's config names.")
 @click.option("--out", type=click.Path(), help="The folder to write; it must not exist.")
@@ -52,7 +53,8 @@ from lorakit.errors import UsageError
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted merge of the same left behind.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result, once it is whole, with the login of `hf auth`.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: a new repository is private.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one a core.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; by default one a core. With --ray, of a task.")
+@ray_option
 @click.option("--no-strict", is_flag=True, help="Leave out adapter tensors that the base has no place for; list them.")
 @dry_run_option
 @json_option
@@ -74,6 +76,7 @@ def command(
     push_to_hub: str | None,
     private: bool,
     workers: int | None,
+    ray: str | None,
     no_strict: bool,
     dry_run: bool,
     as_json: bool,
@@ -91,12 +94,12 @@ def command(
     pairs = [weighted(argument) for argument in adapters]
     from lorakit.merge.merge import merge
 
-    with progress_bar("merging", wanted=not (dry_run or as_json)) as progress:
+    with data_alone(ray), progress_bar("merging", wanted=not (dry_run or as_json)) as progress:
         report = merge(
             base, pairs, out=out, device=device, dtype=dtype, strict=not no_strict, dry_run=dry_run,
             rounding=rounding, seed=seed, max_shard_size=max_shard_size, expert_layout=expert_layout, resume=resume,
             workers=workers, onto=onto, quantize=quantize, residual=residual, undo=undo, push_to_hub=push_to_hub,
-            private=private, progress=progress,
+            private=private, ray=where(ray), progress=progress,
         )  # fmt: skip
     result = report.as_dict()
     if as_json:

@@ -10,6 +10,8 @@ import click
 
 from lorakit.cli.configured import BehindDashes, Configured, Described, Words, config_option
 from lorakit.cli.following import following_options, largest_rank, refuse_unfollowable, whole_paths
+from lorakit.cli.ray_option import FLAG as RAY
+from lorakit.cli.ray_option import WithRay, where
 from lorakit.cli.shared import print_json
 from lorakit.errors import UsageError
 
@@ -17,7 +19,20 @@ if TYPE_CHECKING:
     from lorakit.server.settings import Settings
 
 
-@click.command(name="serve", cls=Configured)
+def _usable_store(context: click.Context, parameter: click.Parameter, address: str) -> str:
+    """Raises UsageError where it is no address, before all else."""
+    if address and not context.resilient_parsing:
+        from lorakit.store.remote.address import parse_store
+
+        parse_store(address)
+    return address
+
+
+class _Serve(WithRay, Configured):
+    """With `--ray`, with a file, and with what stands behind `--`."""
+
+
+@click.command(name="serve", cls=_Serve)
 @click.argument("base", cls=Described, required=False, envvar="LORAKIT_BASE", key="base",
                 meaning="The model to serve: a folder or a hub id.")  # fmt: skip
 @following_options
@@ -54,6 +69,9 @@ if TYPE_CHECKING:
               help="Speak https with this certificate (PEM, with those above it).")  # fmt: skip
 @click.option("--tls-key", default="", metavar="FILE", type=click.Path(dir_okay=False), help="The key of --tls-cert.")
 @click.option("--home", type=click.Path(file_okay=False), help="The store. Default: $LORAKIT_HOME.")
+@click.option("--store", default="", metavar="s3://BUCKET/PREFIX", callback=_usable_store,
+              help="Share revisions and aliases with all servers that name the same; --home is then this machine's own "
+              "copy. Credentials come from the environment alone.")  # fmt: skip
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
               help="Lines to read, or one JSON object each, vLLM's among them.")  # fmt: skip
 @click.option("--canary", default=10.0, show_default=True, metavar="SECONDS", type=click.FloatRange(0),
@@ -72,7 +90,16 @@ if TYPE_CHECKING:
               help="So many of one adapter.")  # fmt: skip
 @click.option("--request-timeout", default=0.0, metavar="SECONDS", type=click.FloatRange(0),
               help="End an answer that is not complete by then, with 504.")  # fmt: skip
-@click.option("--engine", metavar="URL", help="Stand in front of a vLLM that runs already, rather than start one.")
+@click.option("--engine", multiple=True, metavar="URL",
+              help="Stand in front of a vLLM that runs already, rather than start one; or of several.")  # fmt: skip
+@click.option("--replicas", default=1, show_default=True, metavar="N", type=click.IntRange(1, 256),
+              help="Start so many engines, one a GPU (or as many as --tensor-parallel-size says); on a CPU they share "
+              "its cores.")  # fmt: skip
+@click.option(RAY, "ray", metavar="[=ADDRESS]",
+              help="Have Ray Serve run them: on the cluster at ADDRESS (HOST:6379) or in RAY_ADDRESS, else on this "
+              "machine. All its machines need the same files under the same paths.")  # fmt: skip
+@click.option("--max-ongoing-requests", default=256, show_default=True, metavar="N", type=click.IntRange(1),
+              help="With --ray: what goes beyond as many in one engine goes to another.")  # fmt: skip
 @click.option("--max-mix-error", default=0.1, show_default=True, metavar="SHARE", type=click.FloatRange(0),
               help="What a mix may lose of its norm when it is cut to --max-lora-rank.")  # fmt: skip
 @click.option("--mixes-kept", default=64, show_default=True, metavar="N", type=click.IntRange(1),
@@ -93,7 +120,8 @@ if TYPE_CHECKING:
 def command(
     base: str | None, watch: tuple[str, ...], adapters: tuple[str, ...], follow: str, host: str, port: int,
     max_loras: int, max_cpu_loras: int, max_lora_rank: int | None, mode: str | None, probe: str, retention: str,
-    pins: tuple[str, ...], roots: tuple[str, ...], home: str | None, engine: str | None, tls_cert: str, tls_key: str,
+    pins: tuple[str, ...], roots: tuple[str, ...], home: str | None, engine: tuple[str, ...], replicas: int,
+    ray: str | None, max_ongoing_requests: int, tls_cert: str, tls_key: str,
     allow_no_key: bool, api_key_file: str | None, mixes_size: str,
     takeover: bool, dry_run: bool, as_json: bool, arguments: tuple[str, ...], **more: Any,
 ) -> None:  # fmt: skip
@@ -103,6 +131,8 @@ def command(
     lorakit serve models/llama --watch runs
     lorakit serve meta-llama/Llama-3.1-8B --adapter sql=runs/sql --follow best -- --gpu-memory-utilization 0.8
     lorakit serve models/llama --watch runs --follow best --min-delta 0.01 --min-steps 200 --probe prompts.jsonl
+    lorakit serve models/llama --replicas 2 --watch runs
+    lorakit serve models/llama --ray --replicas 2 --watch runs
     lorakit serve models/llama --engine http://127.0.0.1:8001 --port 8000 --watch runs
     lorakit serve --config serve.yaml
 
@@ -115,10 +145,10 @@ def command(
     from lorakit.server.access.at_start import KEY, key_from_file, refuse_open_door
     from lorakit.server.engines import vllm
     from lorakit.server.settings import from_mapping
-    from lorakit.server.supervision.running import run_engine, run_in_front
+    from lorakit.server.supervision.running import run_engine, run_in_front, run_in_front_of, run_replicas
 
-    if engine is not None:
-        _refuse_beside_engine(engine, takeover=takeover, dry_run=dry_run, arguments=arguments)
+    if engine:
+        _refuse_beside_engine(engine, takeover=takeover, replicas=replicas, dry_run=dry_run, arguments=arguments)
     elif base is None:
         raise UsageError("name the BASE that vLLM is to serve, or an --engine that serves one")
     else:
@@ -146,37 +176,82 @@ def command(
     if not allow_no_key:
         refuse_open_door(host, settings.store_home, has_own_key=bool(os.environ.get(KEY)))
     rank = vllm.allowed_rank(max_lora_rank or largest_rank([*settings.watch, *settings.adapters.values()]))
-    if engine is not None:
+    if engine:
         folder = str(model.folder.resolve()) if model is not None else ""
-        _end_with(run_in_front(engine, settings, base_path=folder, max_rank=rank, host=host, port=port))
+        at: dict[str, Any] = {"base_path": folder, "max_rank": rank, "host": host, "port": port}
+        _end_with(
+            run_in_front_of(engine, settings, **at) if len(engine) > 1 else run_in_front(engine[0], settings, **at)
+        )
         return
     assert base is not None
     assert model is not None
+    folder, offline = str(model.folder.resolve()), Path(base).is_dir() and not settings.asks_hub
+    middleware = vllm.ATTENDED if replicas > 1 else vllm.GATEWAY
+
+    def command_on(path: str) -> list[str]:
+        return vllm.command(
+            found, base=folder, name=name, socket=path, slots=max_loras, rank=rank, memory=max_cpu_loras,
+            extra=arguments, middleware=middleware,
+        )  # fmt: skip
 
     def start(path: str) -> tuple[list[str], dict[str, str]]:
-        line = vllm.command(
-            found, base=str(model.folder.resolve()), name=name, socket=path, slots=max_loras, rank=rank,
-            memory=max_cpu_loras, extra=arguments,
-        )  # fmt: skip
         environ = {**os.environ, **settings.as_environment()}
-        return line, vllm.environment(found, environ, offline=Path(base).is_dir() and not settings.asks_hub)
+        return command_on(path), vllm.environment(found, environ, offline=offline)
+
+    def start_one(number: int, path: str) -> tuple[list[str], dict[str, str]]:
+        environ, gpus = {**os.environ, **settings.as_environment()}, vllm.gpus_of_each(arguments)
+        return command_on(path), vllm.replica_environment(
+            found, environ, number, replicas, parallel=gpus, offline=offline
+        )
 
     if dry_run:
-        line, _ = start("PRIVATE-SOCKET")
+        line = command_on("PRIVATE-SOCKET")
         if as_json:
             print_json({"command": line, "vllm": found.text, "base": name, "max_lora_rank": rank})
         else:
             print(" ".join(line))
         return
     what = f"vLLM {found.text}, base '{name}', rank up to {rank}"
+    if ray is not None:
+        from lorakit.server.on_ray.plan import Plan
+        from lorakit.server.on_ray.running import run_on_ray
+
+        if takeover or max_cpu_loras:
+            raise UsageError(f"{'--takeover' if takeover else '--max-cpu-loras'} can't be had with {RAY}: leave it out")
+        whole = os.path.abspath(base) if Path(base).is_dir() else base
+        plan = Plan(
+            whole, replicas=replicas, max_ongoing_requests=max_ongoing_requests, max_lora_rank=rank, vllm=arguments
+        )  # fmt: skip
+        _end_with(
+            run_on_ray(plan, settings, where=where(ray), identity=model.identity, host=host, port=port, what=what)
+        )
+        return
+    if replicas > 1:
+        if takeover:
+            raise UsageError("--takeover takes the place of a server with one engine: stop that one, then start this")
+        start_one(replicas - 1, "")  # where there are too few GPUs, it is said now
+        _end_with(
+            run_replicas(
+                start_one, replicas, settings, base=model.identity, base_path=folder, max_rank=rank, host=host,
+                port=port, what=what,
+            )
+        )  # fmt: skip
+        return
     _end_with(run_engine(start, settings, base=model.identity, host=host, port=port, takeover=takeover, what=what))
 
 
-def _refuse_beside_engine(url: str, *, takeover: bool, dry_run: bool, arguments: tuple[str, ...]) -> None:
+def _refuse_beside_engine(
+    urls: tuple[str, ...], *, takeover: bool, replicas: int, dry_run: bool, arguments: tuple[str, ...]
+) -> None:
     """Raises UsageError where something was said that only makes sense for a vLLM that is to be started."""
-    if not url.startswith(("http://", "https://")):
-        raise UsageError(f"--engine '{url}': write its address, http://HOST:PORT")
-    said = {"--takeover": takeover, "--dry-run": dry_run, "arguments for vLLM": arguments}
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"--engine '{url}': write its address, http://HOST:PORT")
+        if urls.count(url) > 1:
+            raise UsageError(f"--engine '{url}' is named twice")
+    said = {
+        "--takeover": takeover, "--replicas": replicas > 1, "--dry-run": dry_run, "arguments for vLLM": arguments
+    }  # fmt: skip
     for what, given in said.items():
         if given:
             raise UsageError(f"--engine names a vLLM that runs already, so there is nothing to do for {what}")
@@ -185,6 +260,10 @@ def _refuse_beside_engine(url: str, *, takeover: bool, dry_run: bool, arguments:
 def _refuse_unusable(settings: Settings) -> None:
     """Raises NotFound, UsageError where a file can't be read, or what was said can't be; before vLLM is started."""
     refuse_unfollowable(settings)
+    if settings.store:
+        from lorakit.store.remote.objects import ensure_usable
+
+        ensure_usable(settings.store)
     settings.certificate.ensure_usable()
     if settings.allow_hosts:
         from lorakit.server.access.fetching import parse_host

@@ -13,6 +13,7 @@ from lorakit.adapters.config import parse_config
 from lorakit.checkpoints.finished import examine, is_adapter
 from lorakit.checkpoints.locate import find_checkpoint, nothing_named, on_hub
 from lorakit.checkpoints.writers.layout import Kind
+from lorakit.cluster.joining import ensure_installed
 from lorakit.convert.beside import Beside, chosen, find_beside, write_model_files
 from lorakit.convert.described import is_described
 from lorakit.convert.expected import Expected, expected_like, expected_of
@@ -56,6 +57,7 @@ def convert(
     target: str = "vllm",
     dry_run: bool = False,
     workers: int | None = None,
+    ray: str | bool = False,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Write a checkpoint as a model folder, streamed; an adapter as one that vLLM serves right.
@@ -76,12 +78,15 @@ def convert(
         approximate: Whether such a one is written at all; the error is measured.
         target: For whom an adapter is written.
         dry_run: Check and plan, write nothing.
-        workers: How many threads; None for one a core.
+        workers: How many threads; None for one a core. With `ray`, of each task.
+        ray: Of a whole model: the address of a Ray cluster whose nodes write the files, one a task; True for the one
+            that RAY_ADDRESS names, else for a cluster of this machine. Each node has to see the checkpoint and the
+            folder of `out` under the same paths.
         progress: Called with (bytes written, bytes in all), from several threads, one at a time.
 
     Raises:
         UsageError: the arguments contradict each other, or ask for what the checkpoint doesn't have.
-        NotFound: no such checkpoint or model.
+        NotFound: no such checkpoint or model; or a node of the cluster does not see it.
         Refused: a subclass says why: Incomplete, InvalidFile, UnplacedTensors, WrongBase, UnsupportedAdapter.
         Conflict: `out` exists, or a source was written again meanwhile.
         OutOfSpace: the disk is full.
@@ -89,6 +94,10 @@ def convert(
     parts = _checked(dtype, weights, only, workers)
     if "model" not in parts and (dtype != "keep" or quantize is not None):
         raise UsageError("the tokenizer alone has no dtype, and can't be quantised: leave out --dtype and --quantize")
+    if ray:
+        ensure_installed()
+    if "model" not in parts and ray:
+        raise UsageError("the tokenizer alone is a copy, with nothing to spread: leave out --ray")
     place = None if out is None else Path(out)
     if place is not None:
         refuse_existing(place)
@@ -101,7 +110,7 @@ def convert(
                 f"'{checkpoint}' is an adapter, which has no parts, dtype or quantised form to choose: for a whole "
                 f"model merge it first (lorakit merge)"
             )
-        _ensure_for_adapter(strict, max_shard_size, workers)
+        _ensure_for_adapter(strict, max_shard_size, workers, ray)
         from lorakit.convert.adapters.convert import convert_adapter
 
         return convert_adapter(
@@ -113,7 +122,7 @@ def convert(
     if shard_size == 0:
         raise UsageError("a file of 0 bytes holds no tensor: name a larger --max-shard-size")
     wanted = _Wanted(parts, dtype, weights, quantize, shard_size, strict)
-    return _convert_model(checkpoint, place, like, wanted, dry_run=dry_run, workers=workers, progress=progress)
+    return _convert_model(checkpoint, place, like, wanted, dry_run=dry_run, workers=workers, ray=ray, progress=progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +145,14 @@ class _Wanted:
 
 def _convert_model(
     checkpoint: Path, out: Path | None, like: str | os.PathLike[str] | None, wanted: _Wanted, *, dry_run: bool,
-    workers: int | None, progress: Progress | None,
+    workers: int | None, ray: str | bool, progress: Progress | None,
 ) -> ConvertReport:  # fmt: skip
     begun = time.monotonic()
     like_folder = _folder_of(like)
+    if ray:
+        from lorakit.convert.spread import ensure_spreadable
+
+        ensure_spreadable(checkpoint)
     source = read_source(checkpoint, weights=wanted.weights)
     beside = find_beside(source.beside, like_folder)
     if "model" not in wanted.parts and not chosen(beside.companions, wanted.parts):
@@ -154,7 +167,12 @@ def _convert_model(
     with whole_folder(out) as folder:
         if plan is not None:
             _ensure_space(plan, out)
-            write_shards(plan, folder, workers=workers, progress=progress)
+            if ray:
+                from lorakit.convert.spread import write_spread
+
+                write_spread(ray, plan, source, folder, workers=workers, progress=progress)
+            else:
+                write_shards(plan, folder, workers=workers, progress=progress)
             write_model_files(plan, beside, folder)
         for companion in chosen(beside.companions, wanted.parts):
             companion.write(folder)
@@ -198,9 +216,12 @@ def _ensure_for_model(max_rank: int | None, rank: int | None, approximate: bool,
         raise UsageError(f"the checkpoint is a whole model, and --{wrong[0]} is for adapters: leave it out")
 
 
-def _ensure_for_adapter(strict: bool, max_shard_size: int | str | None, workers: int | None) -> None:
+def _ensure_for_adapter(strict: bool, max_shard_size: int | str | None, workers: int | None, ray: str | bool) -> None:
     """Raises UsageError when something is asked for that is of whole models alone."""
-    asked = {"no-strict": not strict, "max-shard-size": max_shard_size is not None, "workers": workers is not None}
+    asked = {
+        "no-strict": not strict, "max-shard-size": max_shard_size is not None, "workers": workers is not None,
+        "ray": bool(ray),
+    }  # fmt: skip
     wrong = [name for name, value in asked.items() if value]
     if wrong:
         raise UsageError(f"the checkpoint is an adapter, and --{wrong[0]} is for whole models: leave it out")

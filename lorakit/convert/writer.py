@@ -64,12 +64,24 @@ def write_shards(
         NotFound, InvalidFile: a source is gone, or became shorter.
         Refused: a value is too large for float16.
     """
-    meter = Meter(plan.nbytes, progress)
+    files = [(shard, shard.name) for shard in plan.shards]
+    write_files(files, plan.quantiser, folder, Meter(plan.nbytes, progress), workers=workers)
+
+
+def write_files(
+    planned: Sequence[tuple[Shard, str]],
+    quantiser: Quantiser | None,
+    folder: Path,
+    meter: Meter,
+    *,
+    workers: int | None = None,
+) -> None:
+    """Write files, each under the name beside it, and sync them. Raises what `write_shards` does."""
     with ExitStack() as stack:
         files = Files()
         stack.callback(files.close)
         written = stack.enter_context(ExitStack())  # closed when no thread writes any more
-        if any(tensor.is_rounded for shard in plan.shards for tensor in shard.tensors):
+        if any(tensor.is_rounded for shard, _ in planned for tensor in shard.tensors):
             from lorakit.merge.blocks import exact_arithmetic
 
             stack.enter_context(exact_arithmetic("cpu"))
@@ -77,14 +89,14 @@ def write_shards(
         syncer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
         unfinished: list[Future[Any]] = []
         stack.callback(_stop, meter, unfinished)
-        for shard in plan.shards:
-            writer = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        for shard, name in planned:
+            writer = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             written.callback(os.close, writer)
             os.truncate(writer, shard.target.size)
             write_all(writer, shard.head, 0)
             meter.add(len(shard.head))
             output = _Output(shard, writer, files, meter)
-            tasks = [pool.submit(job) for tensor in shard.tensors for job in output.jobs(tensor, plan.quantiser)]
+            tasks = [pool.submit(job) for tensor in shard.tensors for job in output.jobs(tensor, quantiser)]
             unfinished += [*tasks, syncer.submit(_sync, tasks, writer)]
         _wait_for(unfinished)
 

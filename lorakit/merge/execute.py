@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorakit.files.folders import copy_range, write_all
 from lorakit.files.safetensors import StoredTensor
@@ -22,10 +22,12 @@ from lorakit.merge.plan import ComputeTensor, CopyTensor, MergePlan, PlannedShar
 
 if TYPE_CHECKING:
     from lorakit.merge.blocks import Adder
+    from lorakit.merge.fetch import RemoteShards
     from lorakit.merge.residual import Residuals
     from lorakit.merge.rounding import Survival
 
 Progress = Callable[[int, int], None]
+Entered = Callable[[PlannedShard, Path, Mapping[str, SurvivalSums]], None]
 
 COPY_BLOCK = 1 << 25  # bytes
 MOST_WORKERS = 8
@@ -57,10 +59,10 @@ class Meter:
 class ShardFile:
     """One file of the result while it is written: under another name until it is whole and on the disk."""
 
-    def __init__(self, plan: PlannedShard, folder: Path) -> None:
+    def __init__(self, plan: PlannedShard, folder: Path, part: str | None = None) -> None:
         self.plan = plan
         self.place = folder / plan.name
-        self.part = folder / f"{plan.name}{PART}"
+        self.part = folder / (part or f"{plan.name}{PART}")
         self.tasks: list[Future[Any]] = []
         self.file = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self.survivals: dict[str, Survival] = {}
@@ -74,12 +76,11 @@ class ShardFile:
     def put(self, tensor: ComputeTensor, offset: int, view: memoryview) -> None:
         write_all(self.file, view, tensor.target.start + offset)
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, entered: Callable[[ShardFile], None]) -> None:
         """Once all is written: one shard goes to the disk while the next is computed."""
         _wait_for(self.tasks)
         os.fsync(self.file)
-        journal.enter(self.plan.name, self.survivals)
-        self.part.rename(self.place)
+        entered(self)
 
     def close(self) -> None:
         os.close(self.file)
@@ -104,12 +105,42 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
+class How:
+    """With what the weights are computed; `workers` threads, or one a core."""
+
+    device: str = "auto"
+    workers: int | None = None
+    rounding: str = "nearest"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
-    """On which device it was computed, what rounding left of each change, and which shards were there already."""
+    """On which device it was computed, what rounding left of each change, and which shards were there already.
+
+    `arithmetic` is said where others computed it: see `blocks.arithmetic`.
+    """
 
     device: str
     survivals: Mapping[str, SurvivalSums]
     resumed: tuple[str, ...]
+    arithmetic: str | None = None
+
+
+class Crew(Protocol):
+    """Others who write shards, for this process."""
+
+    def write(
+        self,
+        plan: MergePlan,
+        shards: Sequence[PlannedShard],
+        how: How,
+        entered: Entered,
+    ) -> tuple[str, str | None]:
+        """Have these written: the device, and whose arithmetic it was.
+
+        `entered` is told of each once it is on the disk, as what file beside its place, and what survived in it.
+        """
 
 
 def execute(
@@ -121,9 +152,12 @@ def execute(
     rounding: str = "nearest",
     seed: int = 0,
     residuals: Residuals | None = None,
+    crew: Crew | None = None,
     progress: Progress | None = None,
 ) -> Done:
     """Write every shard of the plan into `folder`, but for those that an interrupted run has left there, whole.
+
+    With a `crew` it writes them; there are no residuals then.
 
     Raises:
         UsageError: this machine has no such device.
@@ -133,18 +167,57 @@ def execute(
     meter = Meter(plan.nbytes, progress)
     journal = Journal(folder)
     whole = journal.whole(plan.shards)
+    left = [shard for shard in plan.shards if shard.name not in whole]
+    for shard in plan.shards:
+        if shard.name in whole:
+            meter.add(shard.target.size)
+    how = How(device, workers, rounding, seed)
+
+    def enter(shard: PlannedShard, part: Path, survivals: Mapping[str, Survival | SurvivalSums]) -> None:
+        journal.enter(shard.name, survivals)
+        part.rename(folder / shard.name)
+
+    if crew is None:
+        used = write_shards(
+            left, folder, how, meter, lambda file: enter(file.plan, file.part, file.survivals),
+            remote=plan.base.remote, residuals=residuals,
+        )  # fmt: skip
+        return Done(used, journal.survivals(), tuple(whole))
+
+    def entered(shard: PlannedShard, part: Path, survivals: Mapping[str, SurvivalSums]) -> None:
+        enter(shard, part, survivals)
+        meter.add(shard.target.size)
+
+    used, arithmetic = crew.write(plan, left, how, entered)
+    return Done(used, journal.survivals(), tuple(whole), arithmetic)
+
+
+def write_shards(
+    shards: Sequence[PlannedShard],
+    folder: Path,
+    how: How,
+    meter: Meter,
+    entered: Callable[[ShardFile], None],
+    *,
+    part: str | None = None,
+    remote: RemoteShards | None = None,
+    residuals: Residuals | None = None,
+) -> str:
+    """Write shards with the threads of this process, and give the device that computed them.
+
+    `entered` is told of each, from a thread, once it is on the disk under its temporary name, which is `part` where
+    there is one shard alone.
+    """
+    device = how.device
     with ExitStack() as stack:
         sources = Sources()
         stack.callback(sources.close)
-        shards: list[ShardFile] = []
-        for planned in plan.shards:
-            if planned.name in whole:
-                meter.add(planned.target.size)
-                continue
-            shards.append(ShardFile(planned, folder))
-            stack.callback(shards[-1].close)
-            meter.add(shards[-1].begin())
-        pool = stack.enter_context(ThreadPoolExecutor(workers or worker_count(), thread_name_prefix="merge"))
+        files: list[ShardFile] = []
+        for planned in shards:
+            files.append(ShardFile(planned, folder, part))
+            stack.callback(files[-1].close)
+            meter.add(files[-1].begin())
+        pool = stack.enter_context(ThreadPoolExecutor(how.workers or worker_count(), thread_name_prefix="merge"))
         syncer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
         unfinished: list[Future[Any]] = []
         stack.callback(_stop, meter, unfinished)
@@ -155,23 +228,23 @@ def execute(
             ]
             unfinished.extend(shard.tasks)
 
-        remote = plan.base.remote
         if remote is not None:
-            remote.begin(file for shard in shards for file in remote.files_of(shard.plan))
+            remote.begin(file for shard in files for file in remote.files_of(shard.plan))
             stack.callback(remote.stop)
         else:  # copying needs no torch, so it goes on while torch is imported here
-            for shard in shards:
+            for shard in files:
                 begin_copying(shard)
         adder: Adder | None = None
-        if any(shard.plan.computed or shard.plan.whole for shard in shards):
+        if any(shard.computed or shard.whole for shard in shards):
             with _no_collection():
                 from lorakit.merge.blocks import Adder, exact_arithmetic, usable_device
                 from lorakit.merge.rounding import Rounding
 
             device = usable_device(device)
             threads = stack.enter_context(exact_arithmetic(device))
-            adder = Adder(device, threads, meter.add, rounding=Rounding(rounding, seed), residuals=residuals)
-        for shard in shards:
+            rounding = Rounding(how.rounding, how.seed)
+            adder = Adder(device, threads, meter.add, rounding=rounding, residuals=residuals)
+        for shard in files:
             if remote is not None:
                 _wait_for_arrivals(remote.arrivals(shard.plan), unfinished)
                 begin_copying(shard)
@@ -182,9 +255,9 @@ def execute(
                 adding += [pool.submit(_add_whole, adder, tensor, shard) for tensor in shard.plan.whole]
                 shard.tasks += adding
                 unfinished += adding
-            unfinished.append(syncer.submit(shard.finish, journal))
+            unfinished.append(syncer.submit(shard.finish, entered))
         _wait_for(unfinished)
-    return Done(device, journal.survivals(), tuple(whole))
+    return device
 
 
 def _add(adder: Adder, tensor: ComputeTensor, source: int, shard: ShardFile) -> None:

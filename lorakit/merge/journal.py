@@ -92,7 +92,7 @@ class Journal:
             and (self._folder / shard.name).stat().st_size == shard.target.size
         ]
 
-    def enter(self, shard: str, survivals: Mapping[str, Survival]) -> None:
+    def enter(self, shard: str, survivals: Mapping[str, Survival | SurvivalSums]) -> None:
         sums = {name: (one.kept, one.norm, one.weight) for name, one in survivals.items() if one.norm}
         with self._lock:
             self._known[shard] = {name: SurvivalSums(*values) for name, values in sums.items()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit import __version__
 from lorakit.adapters.adapter import Adapter
 from lorakit.checkpoints.locate import open_adapter
+from lorakit.cluster.joining import ensure_installed
 from lorakit.errors import InvalidFile, OutOfSpace, UsageError
 from lorakit.files.finite import look_at_numbers
 from lorakit.files.folders import free_bytes, refuse_existing, sync_tree, whole_folder
@@ -23,7 +24,7 @@ from lorakit.files.hub import ensure_pushable
 from lorakit.files.safetensors import read_header
 from lorakit.merge.base import BaseModel, base_named_by
 from lorakit.merge.companions import Companion, plan_companions
-from lorakit.merge.execute import Progress, execute
+from lorakit.merge.execute import Crew, Progress, execute
 from lorakit.merge.fetch import ensure_room_for_shards, open_base, with_values
 from lorakit.merge.journal import has_key, take_up_key
 from lorakit.merge.output import push, write_beside, write_lineage
@@ -58,6 +59,7 @@ def merge(
     push_to_hub: str | None = None,
     private: bool = False,
     workers: int | None = None,
+    ray: str | bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge adapters into a base, streamed; each weight is the exact sum, rounded once.
@@ -81,12 +83,15 @@ def merge(
         undo: Keep beside the result what `unmerge` needs to give the base back, bit for bit.
         resume: Go on with what an interrupted merge of the same has left, and leave it when this one is interrupted.
         push_to_hub: A repository to upload the result to, once it is whole; `private` makes a new one private.
-        workers: How many threads; None for one a core.
+        workers: How many threads; None for one a core. With `ray`, of each task.
+        ray: The address of a Ray cluster whose nodes write the shards, one a task; True for the one that RAY_ADDRESS
+            names, else for a cluster of this machine. Each node has to see the base, the adapters and the folder of
+            `out` under the same paths.
         progress: Called with (bytes written, bytes in all), from several threads, one at a time.
 
     Raises:
-        UsageError: the arguments contradict each other, no base is named, or there is no such device.
-        NotFound: no such base or adapter.
+        UsageError: the arguments contradict each other, no base is named, there is no such device, or no Ray.
+        NotFound: no such base or adapter; or a node of the cluster does not see it.
         Refused: a subclass says why: InvalidFile, Incomplete, UnsupportedAdapter, UnplacedTensors, WrongBase.
         Conflict: `out` exists, or a source was written again meanwhile.
         OutOfSpace: the disk is full.
@@ -95,6 +100,8 @@ def merge(
     begun = time.monotonic()
     target = None if out is None else Path(out)
     _check_settings(device, dtype, rounding, workers)
+    if ray:
+        _check_spread(residual is not None, undo)
     if residual is not None:
         _check_residual(Path(residual), target, resume)
     if private and push_to_hub is None:
@@ -130,10 +137,11 @@ def merge(
     ):
         _ensure_space(plan, target, whole)
         ensure_room_for_shards(plan, target, whole)
-        done = execute(
-            plan, beside, device=device, workers=workers, rounding=rounding, seed=seed, residuals=residuals,
-            progress=progress,
-        )  # fmt: skip
+        with _crew(ray, plan, opened, beside, device, workers) as crew:
+            done = execute(
+                plan, beside, device=device, workers=workers, rounding=rounding, seed=seed, residuals=residuals,
+                crew=crew, progress=progress,
+            )  # fmt: skip
         report = replace(report, device=done.device, survivals=done.survivals, resumed=done.resumed)
         write_beside(report, beside)
         if residuals is not None:
@@ -145,7 +153,7 @@ def merge(
             report = replace(report, undo=write_undo(plan, beside))
         _ensure_unchanged(model, opened)
         report = replace(report, seconds=time.monotonic() - begun)
-        write_lineage(report, beside)
+        write_lineage(report, beside, arithmetic=done.arithmetic)
         sync_tree(beside)  # all that can fail comes before the journal goes
     if push_to_hub is not None:
         report = replace(report, pushed=push(target, push_to_hub, private=private))
@@ -167,6 +175,26 @@ def _residuals(plan: MergePlan, folder: str | os.PathLike[str] | None) -> Abstra
     from lorakit.merge.residual import residual_folder
 
     return residual_folder(plan, Path(folder))
+
+
+def _check_spread(residual: bool, undo: bool) -> None:
+    ensure_installed()
+    if residual or undo:
+        named = "--residual" if residual else "--undo"
+        raise UsageError(f"{named} is made by one process that sees every weight: leave it out, or --ray")
+
+
+def _crew(
+    ray: str | bool, plan: MergePlan, adapters: Sequence[Adapter], folder: Path, device: str, workers: int | None
+) -> AbstractContextManager[Crew | None]:
+    """Who writes the shards, if it is not this process."""
+    if not ray:
+        return nullcontext()
+    from lorakit.merge.spread import crew_on
+
+    files = [shard.file for shard in plan.base.shards if shard.file.is_file()]  # of a hub's, others are to come
+    files += [source.file for adapter in adapters for source in adapter.files()]
+    return crew_on(ray, folder, files, device=device, workers=workers)
 
 
 def companions_of(base: BaseModel, adapters: Sequence[Adapter], onto: str | None) -> tuple[Companion, ...]:

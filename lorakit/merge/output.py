@@ -35,8 +35,11 @@ def write_beside(report: MergeReport, folder: Path) -> None:
         write_json(folder / INDEX, index)
 
 
-def write_lineage(report: MergeReport, folder: Path) -> None:
-    """`lorakit.json`: parents with their digests, settings, and the whole report; and in words, the card."""
+def write_lineage(report: MergeReport, folder: Path, *, arithmetic: str | None = None) -> None:
+    """`lorakit.json`: parents with their digests, settings, and the whole report; and in words, the card.
+
+    `arithmetic`: whose it was, where it was not this process's.
+    """
     plan = report.plan
     base = plan.base
     parents: list[dict[str, Any]] = [
@@ -56,10 +59,12 @@ def write_lineage(report: MergeReport, folder: Path) -> None:
                 {"kind": "adapter", "path": str(source.folder), "sha256": digest, "weight": source.weight}
             )  # fmt: skip
     settings = {"dtype": plan.dtype, "device": report.device, "strict": not report.unplaced, **report.settings}
-    if any(plan.computed):
-        from lorakit.merge.blocks import arithmetic
+    if arithmetic is not None:
+        settings["arithmetic"] = arithmetic
+    elif any(plan.computed):
+        from lorakit.merge.blocks import arithmetic as of_this_machine
 
-        settings["arithmetic"] = arithmetic(report.device)
+        settings["arithmetic"] = of_this_machine(report.device)
     (folder / CARD).write_text(card(report, parents[1:]), encoding="utf-8")
     write_provenance(folder, "merge", parents, settings, report=report.as_dict())
 

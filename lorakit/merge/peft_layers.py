@@ -181,6 +181,10 @@ class PeftLayers:
         self._together: dict[torch.dtype, Any] = {}
         self.modules = self._checked_modules(named)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which makes the layers again: as PEFT's model they are large."""
+        return {**self.__dict__, "_together": {}}
+
     @property
     def changes_bias(self) -> bool:
         return self.method in CHANGES_BIAS

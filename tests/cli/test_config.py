@@ -198,7 +198,7 @@ def test_secrets_are_not_printed(capsys: Capture, file: Path) -> None:
     told = shown(capsys, "--config", file, "--engine", "http://me:5ec4e7@host:8001/")
     assert (told["vllm"]["value"], told["engine"]["value"]) == (
         ["--hf-token", "***", "--seed", "7"],
-        "http://host:8001/",
+        ["http://host:8001/"],
     )
     assert shown(capsys, "--tls-key", "key.pem")["tls-key"]["value"] == "key.pem", "a path is none"
     assert shown(capsys, "--", "--hf-token=5ec4e7")["vllm"]["value"] == ["--hf-token=***"]

@@ -49,6 +49,11 @@ def read_source(path: Path, *, weights: str = "model") -> Source:
     return _translated(replace(source, path=path, beside=_beside(path, source.beside), notes=notes))
 
 
+def is_exported(path: Path) -> bool:
+    """Whether its reader has it exported first, by another program and to another place."""
+    return next((reader == "megatron" for reader, _ in _formats(path)), False)
+
+
 def _translated(source: Source) -> Source:
     """In transformers' names, where a trainer's own ones stand in a file of a common format."""
     from lorakit.convert.readers import litgpt, torchtune

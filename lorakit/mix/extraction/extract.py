@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.config import AdapterConfig
@@ -23,6 +23,7 @@ from lorakit.adapters.delta import Delta
 from lorakit.adapters.trained import Blend, Trained
 from lorakit.adapters.truncation import ranks_within
 from lorakit.adapters.writing import write_adapter_files
+from lorakit.cluster.joining import ensure_installed
 from lorakit.errors import Refused, UsageError
 from lorakit.files.folders import refuse_existing, whole_folder
 from lorakit.files.provenance import write_provenance
@@ -32,6 +33,9 @@ from lorakit.mix.extraction.plan import SHARED, ExtractPlan, Pair, plan_extract
 from lorakit.mix.extraction.report import ExtractReport, UncarriedChange
 from lorakit.mix.extraction.tuned import Tuned, opened, parent_of
 from lorakit.mix.reduce import RankChoice
+
+if TYPE_CHECKING:
+    from lorakit.mix.extraction.spread import Crew
 
 DEFAULT_RANK = 64
 WORKERS = 4  # weights at a time: two threads do more for two weights than for one; each takes memory of its own
@@ -63,6 +67,7 @@ def extract(
     device: str = "auto",
     seed: int = 0,
     dry_run: bool = False,
+    ray: str | bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Write what distinguishes a fine-tuned model from its base as an adapter.
@@ -85,11 +90,14 @@ def extract(
         device: "auto", "cpu", "cuda" or "cuda:<index>".
         seed: Of the random blocks that the SVDs start from.
         dry_run: Measure, and write nothing.
+        ray: The address of a Ray cluster whose nodes measure and factor, some weights a task; True for the one that
+            RAY_ADDRESS names, else for a cluster of this machine. Each node has to see both models and the folder of
+            `out` under the same paths.
         progress: Called with (bytes read, bytes in all) of the tuned model.
 
     Raises:
         UsageError: the arguments contradict each other, or there is no such device.
-        NotFound: no such model, or a pattern that names nothing.
+        NotFound: no such model, or a pattern that names nothing; or a node of the cluster does not see a file.
         Refused: a subclass says why: InvalidFile, WrongBase; or there is no change that factors could carry.
         Conflict: `out` exists, or a model was written again meanwhile.
         OutOfSpace: the disk is full.
@@ -107,14 +115,17 @@ def extract(
         **goal.choice.as_dict(), "max_rank": goal.max_rank, "save_rest": save_rest, "include": list(include),
         "exclude": list(exclude), "seed": seed,
     }  # fmt: skip
-    with opened(tuned, base, device) as (source, model):
+    if ray:
+        ensure_installed()
+    with opened(tuned, base, "cpu" if ray else device) as (source, model):
         plan = plan_extract(source.model, model, include=include, exclude=exclude)
         run = _Extraction(source, plan, goal, settings, device, progress)
         if dry_run or target is None:
-            return replace(run.measured(None), out=target, seconds=time.monotonic() - begun)
+            with _crew(ray, plan, source, None, device) as crew:
+                return replace(run.measured(None, crew), out=target, seconds=time.monotonic() - begun)
         with whole_folder(target) as beside:
-            with _factors(beside) as factors:
-                report = replace(run.measured(factors), out=target, dry_run=False)
+            with _factors(beside) as factors, _crew(ray, plan, source, beside, device) as crew:
+                report = replace(run.measured(factors, crew), out=target, dry_run=False)
                 deltas = {module: delta for change in run.changes for module, delta in factors.deltas(change).items()}
                 own = budget is not None if own_ranks is None else own_ranks
                 _write_adapter(plan, deltas, run.kept(factors), beside, own_ranks=own)
@@ -127,6 +138,20 @@ def extract(
             source.ensure_unchanged()
             model.ensure_unchanged()
     return report
+
+
+def _crew(
+    ray: str | bool, plan: ExtractPlan, tuned: Tuned, folder: Path | None, device: str
+) -> AbstractContextManager[Crew | None]:
+    """Who measures the weights, if it is not this process."""
+    if not ray:
+        return nullcontext()
+    import torch
+
+    from lorakit.mix.extraction.spread import crew_on
+
+    threads = max(1, torch.get_num_threads() // WORKERS)
+    return crew_on(ray, plan, tuned, folder, device=device, threads=threads)
 
 
 @contextmanager
@@ -168,32 +193,28 @@ class _Extraction:
         self.changes: list[Change] = []
         self._read = 0
 
-    def measured(self, factors: Factors | None) -> ExtractReport:
-        """Compute every change; the factors go into their file, where there is one."""
-        import torch
-
-        from lorakit.merge.blocks import exact_arithmetic, usable_device
-
-        device = usable_device(self.device)
+    def measured(self, factors: Factors | None, crew: Crew | None = None) -> ExtractReport:
+        """Compute every change; the factors go into their file, where there is one, or into those of the crew."""
         savable = set(_savable(self.plan)) if self.settings["save_rest"] else set()
+        if crew is None:
+            from lorakit.merge.blocks import usable_device
+
+            device = usable_device(self.device)
+            every = self._found(device, factors, savable)
+        else:
+            device = crew.device
+            every = crew.found(self.goal, self.settings["seed"], savable)
         uncarried: list[UncarriedChange] = []
         equal = 0
-        with exact_arithmetic(device) as threads, ThreadPoolExecutor(min(threads, WORKERS)) as pool:
-            torch.set_num_threads(max(1, threads // WORKERS))
-            changes = pool.map(partial(self._change, device=device, factors=factors), self.plan.pairs)
-            for pair, change in zip(self.plan.pairs, changes, strict=True):
-                if change is None:
+        with closing(every):
+            for part, found in zip(self.plan.parts, every, strict=True):
+                if found is None:
                     equal += 1
+                elif isinstance(found, Change):
+                    self.changes.append(found)
                 else:
-                    self.changes.append(change)
-                self._advance(pair.tuned.nbytes)
-        for part in self.plan.uncarried:
-            found = uncarried_change(part, self.tuned, saved=part.tuned.name in savable)
-            if found is None:
-                equal += 1
-            else:
-                uncarried.append(found)
-            self._advance(part.tuned.nbytes)
+                    uncarried.append(found)
+                self._advance(part.tuned.nbytes)
         if self.goal.choice.budget is not None:
             self._share_out(self.goal.choice.budget)
         self._uncarried = tuple(uncarried)
@@ -201,6 +222,20 @@ class _Extraction:
             None, str(self.plan.tuned.folder), str(self.plan.base.folder), self.settings, device, True,
             tuple(change.module for change in self.changes), self._uncarried, equal, self.plan.left_out,
         )  # fmt: skip
+
+    def _found(
+        self, device: str, factors: Factors | None, savable: set[str]
+    ) -> Generator[Change | UncarriedChange | None]:
+        """By the threads of this process, in the order of the plan."""
+        import torch
+
+        from lorakit.merge.blocks import exact_arithmetic
+
+        with exact_arithmetic(device) as threads, ThreadPoolExecutor(min(threads, WORKERS)) as pool:
+            torch.set_num_threads(max(1, threads // WORKERS))
+            yield from pool.map(partial(self._change, device=device, factors=factors), self.plan.pairs)
+        for part in self.plan.uncarried:
+            yield uncarried_change(part, self.tuned, saved=part.tuned.name in savable)
 
     def _change(self, pair: Pair, *, device: str, factors: Factors | None) -> Change | None:
         return change_of(pair, self.goal, self.tuned, device=device, seed=self.settings["seed"], factors=factors)

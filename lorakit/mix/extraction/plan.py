@@ -75,10 +75,14 @@ class ExtractPlan:
     head: str | None = None
 
     @property
+    def parts(self) -> list[Pair | Uncarried]:
+        """What is to be measured."""
+        return [*self.pairs, *self.uncarried]
+
+    @property
     def nbytes(self) -> int:
         """How much is read of the tuned model."""
-        tensors = [*(pair.tuned for pair in self.pairs), *(part.tuned for part in self.uncarried)]
-        return sum(stored.nbytes for stored in tensors)
+        return sum(part.tuned.nbytes for part in self.parts)
 
 
 def plan_extract(

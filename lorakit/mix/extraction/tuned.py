@@ -34,6 +34,9 @@ class Tuned(Protocol):
     def load(self, stored: StoredTensor) -> torch.Tensor:
         """One tensor of `model`."""
 
+    def files(self) -> list[Path]:
+        """All that is read for its tensors."""
+
     def parents(self) -> list[dict[str, Any]]:
         """What lorakit.json says of it."""
 
@@ -52,6 +55,9 @@ class TunedModel:
     def load(self, stored: StoredTensor) -> torch.Tensor:
         return load_tensor(stored)
 
+    def files(self) -> list[Path]:
+        return [shard.file for shard in self.model.shards]
+
     def parents(self) -> list[dict[str, Any]]:
         return [parent_of(self.model, "tuned")]
 
@@ -69,6 +75,7 @@ class MergedAdapter:
 
     def __init__(self, adapter: Adapter, plan: MergePlan, adder: Adder, sources: Sources) -> None:
         self._adapter = adapter
+        self._plan = plan
         self._adder = adder
         self._sources = sources
         self._computed = {tensor.target.name: tensor for tensor in plan.computed if tensor.steps}
@@ -92,6 +99,13 @@ class MergedAdapter:
         torch.set_num_threads(threads)
         return output.whole
 
+    def files(self) -> list[Path]:
+        return [shard.file for shard in self._plan.base.shards] + [source.file for source in self._adapter.files()]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which opens the files itself."""
+        return merged_adapter, (self._adapter, self._plan, self._adder.device)
+
     def parents(self) -> list[dict[str, Any]]:
         return [{"kind": "adapter"} | source.as_parent() for source in self._adapter.sources]
 
@@ -110,6 +124,14 @@ class _InMemory:
 
     def put(self, tensor: ComputeTensor, offset: int, view: memoryview) -> None:
         self._bytes[offset : offset + len(view)] = view
+
+
+def merged_adapter(adapter: Adapter, plan: MergePlan, device: str) -> MergedAdapter:
+    """Computed on `device`, with files that stay open as long as the process runs."""
+    from lorakit.merge.blocks import Adder, usable_device
+    from lorakit.merge.execute import Sources
+
+    return MergedAdapter(adapter, plan, Adder(usable_device(device), 1, lambda _: None), Sources())
 
 
 @contextmanager
