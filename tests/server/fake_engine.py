@@ -113,7 +113,7 @@ class FakeEngine:
         await self.answer({"type": "http", "method": method, "path": path, "headers": []}, receive, send)
         return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
-    async def alive(self) -> bool:
+    async def alive(self, *, now: bool = False) -> bool:
         return not self.dead
 
     def model_card(self) -> dict[str, Any]:

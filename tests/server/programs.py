@@ -71,7 +71,7 @@ class Reconciler:
     def resume(self) -> None:
         self.held = False
 
-    async def alive(self) -> bool:
+    async def alive(self, *, now: bool = False) -> bool:
         return "ill" not in self.flags or time.monotonic() - self.began < 0.5
 
     async def try_out(self, name: str) -> str | None:

@@ -295,3 +295,69 @@ async def test_an_engine_may_come_and_go_under_load(numbers: Path, tmp_path: Pat
         stop.set()
         counts = await asyncio.gather(*clients)
     assert min(counts) > 3
+
+
+class Dying(FakeEngine):
+    """One whose core may die behind an API that goes on to answer, with errors."""
+
+    def __init__(self, base: Path, fleet: Fleet, name: str) -> None:
+        super().__init__(base)
+        self.fleet, self.name = fleet, name
+
+    async def alive(self, *, now: bool = False) -> bool:
+        if self.dead and now:
+            self.fleet.is_well(self.name, False)
+        return not (self.dead and now)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self.dead:
+            await super().answer(scope, receive, send)
+            return
+        await receive()
+        body = b'{"error": {"message": "EngineCore encountered an issue", "type": "InternalServerError"}}'
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def dying(folder: Path, base: Path, **more: Any) -> AsyncIterator[Several]:
+    fleet = Fleet()
+    engines = [Dying(base, fleet, str(number)) for number in range(2)]
+    for engine in engines:
+        fleet.join(engine.name, engine)
+    gateway = Gateway(nothing)
+    await gateway.begin(fleet, settings_for(folder, **more), Placing)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://lorakit") as client:
+        yield Several(fleet, Served(gateway, engines[0], client))
+    await gateway.stop()
+
+
+async def test_what_an_engine_says_as_it_dies_is_no_fault_of_its_adapter(numbers: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    put_checkpoint(run, 10, 1)
+    async with dying(tmp_path, numbers) as there:
+        await there.served.until_ready()
+        newer = put_checkpoint(run, 20, 2)
+        await there.until(lambda: there.having(newer))
+        await there.until(lambda: there.served.reconciler.runs["a"].select(None).facts.step == 20)  # type: ignore[union-attr]
+        (holder,) = there.having(newer)
+        there.engines[holder].dead = True
+        answers = await asyncio.gather(*(there.ask("a") for _ in range(20)))
+        assert {answer.status_code for answer in answers} <= {200, 503}
+        await asyncio.sleep(0.2)
+        answer = await there.ask("a")
+        assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, fingerprint_of(newer))
+        assert not there.served.reconciler.passed_over
+
+
+async def test_an_adapter_that_an_engine_refused_as_it_died_is_loaded_by_another(numbers: Path, tmp_path: Path) -> None:
+    async with dying(tmp_path, numbers) as there:
+        for engine in there.engines.values():
+            engine.load_seconds = 0.3
+        (folder,) = runs(tmp_path, "a").values()
+        await there.until(lambda: any(engine.loads for engine in there.engines.values()))
+        first = next(engine for engine in there.engines.values() if engine.loads)
+        first.dead = True
+        await there.until(lambda: there.having(folder))
+        answer = await there.ask("a")
+        assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, fingerprint_of(folder))

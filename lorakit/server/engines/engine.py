@@ -46,8 +46,8 @@ class Answering(Protocol):
     async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Ask one of its own routes, with a body of JSON: status and body."""
 
-    async def alive(self) -> bool:
-        """Whether the engine would answer."""
+    async def alive(self, *, now: bool = False) -> bool:
+        """Whether the engine would answer; as it was when somebody looked last, or is found to be `now`."""
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request on.

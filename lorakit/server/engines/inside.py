@@ -111,7 +111,7 @@ class InsideEngine:
     async def try_out(self, name: str) -> str | None:
         return await wrong_with_first_token(self.call, name) if self.serves(COMPLETIONS) else None
 
-    async def alive(self) -> bool:
+    async def alive(self, *, now: bool = False) -> bool:
         try:
             await self._client.check_health()
         except Exception:  # whatever a dead engine raises

@@ -294,7 +294,10 @@ class RemoteEngine:
     async def try_out(self, name: str) -> str | None:
         return await wrong_with_first_token(self.call, name) if self.serves(COMPLETIONS) else None
 
-    async def alive(self) -> bool:
+    async def alive(self, *, now: bool = False) -> bool:
+        if now:
+            status = await self._health()
+            self._is(status == 200 or (status == 0 and self._alive))
         return self._alive
 
     async def watch(self, patience: float) -> None:

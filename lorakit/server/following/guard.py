@@ -78,7 +78,9 @@ def worse_beside(own: Sequence[Marked], beside: Sequence[Sequence[Marked]], rise
 
 def failed(answer: Answered) -> bool | None:
     """Whether an answer speaks against its revision; None when it says nothing of it: what the client did wrong, a
-    client that left, or an engine that was busy."""
+    client that left, or an engine that was busy, or ended."""
+    if answer.engine_ended:
+        return None
     if answer.status >= 500 and answer.status not in (503, 504):
         return True
     return answer.broke if answer.status < 400 else None
@@ -181,7 +183,8 @@ class Guard:
         if resident is None:
             return None
         try:
-            return await resident.engine.try_out(resident.engine_name)
+            wrong = await resident.engine.try_out(resident.engine_name)
+            return wrong if wrong is not None and await resident.engine.alive(now=True) else None
         finally:
             self._known.residency.done(resident)
 

@@ -261,7 +261,7 @@ class Reconciler(Served):
             self.residency.done(resident)
         if reason is None:
             return True
-        if not await self.engine.alive():
+        if not await resident.engine.alive(now=True):
             raise NoSlot(f"the engine ended while '{revision.name}' was asked the smoke prompts")
         self._pass_over(revision, reason)
         return False

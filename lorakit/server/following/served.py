@@ -196,7 +196,7 @@ class Served:
                 instead_of=self._meant_now(revision) if urgent else None,
             )  # fmt: skip
         except LoadFailed as error:
-            if not await self.engine.alive():  # nothing is known of the adapter by that
+            if not await self.engine.alive(now=True):  # nothing is known of the adapter by that
                 raise NoSlot(f"the engine does not answer, so '{revision.name}' was not loaded") from None
             if not self.is_known(revision):
                 raise

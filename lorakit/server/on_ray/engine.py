@@ -96,7 +96,7 @@ class RayEngine:
             answer = Outcome("no slot", str(error))
         return (UNREACHED, answer.words.encode()) if isinstance(answer, Outcome) else answer
 
-    async def alive(self) -> bool:
+    async def alive(self, *, now: bool = False) -> bool:
         return bool(self.roster.members)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,8 +206,8 @@ class HeldEngine:
     async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         return await self._engine.call_for(method, path, body, self._adapter)
 
-    async def alive(self) -> bool:
-        return await self._engine.alive()
+    async def alive(self, *, now: bool = False) -> bool:
+        return await self._engine.alive(now=now)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._engine.answer_for(scope, receive, send, self._adapter)

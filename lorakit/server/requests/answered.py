@@ -16,7 +16,8 @@ class Answered:
 
     `status` is 499 where the client left before the answer ended, and `revision` None for the base, and where the
     request reached no model. `pieces` counts the events of a stream: one for each token, or for some at once. `broke`:
-    a stream ended in an error after its status was sent. `key` is the id of the key that was given, never the key.
+    a stream ended in an error after its status was sent. `engine_ended`: its engine did, as it answered. `key` is the
+    id of the key that was given, never the key.
     """
 
     model: str  # as it was asked for
@@ -31,6 +32,7 @@ class Answered:
     completion_tokens: int | None = None
     pieces: int = 0
     broke: bool = False
+    engine_ended: bool = False
     key: str = ""
 
 

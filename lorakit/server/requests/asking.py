@@ -187,6 +187,8 @@ class Asking:
             send = send if mirrored is None else mirrored.heard.hearing(send)
             try:
                 await engine.answer(scope, receive, emptying(question, send))
+                if exchange.went_wrong and not await engine.alive(now=True):
+                    exchange.engine_ended = True
             finally:
                 if found and background:
                     self._stored.hold(found[0], leaving.pop_all())
@@ -320,7 +322,7 @@ def _or_unavailable(engine: Answering, send: Send) -> Send:
 
     async def failed(message: Message) -> None:
         nonlocal ended
-        if await engine.alive():
+        if await engine.alive(now=True):
             await send(message)
             return
         ended = True

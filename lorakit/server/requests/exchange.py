@@ -34,6 +34,7 @@ class Exchange:
         self.started = False
         self.streams = False
         self.ended = False
+        self.engine_ended = False  # while it answered, so that what it said says nothing of the revision
         self._scope = scope
         self._receive, self._send = receive, send
         self._begun = time.monotonic()
@@ -48,6 +49,11 @@ class Exchange:
     def seconds(self) -> float:
         """Since the request's head was read."""
         return time.monotonic() - self._begun
+
+    @property
+    def went_wrong(self) -> bool:
+        """Whether the engine said so, before or in the middle of an answer."""
+        return self._broke or (self.started and self._status >= 500)
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -100,6 +106,7 @@ class Exchange:
             completion_tokens=_number(_COMPLETION, self._usage),
             pieces=self._pieces,
             broke=self._broke,
+            engine_ended=self.engine_ended,
         )
 
 

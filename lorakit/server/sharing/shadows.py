@@ -127,7 +127,7 @@ class Shadows:
         finally:
             self._known.residency.done(resident)
         agreement, bad = None, failed(answer)
-        if bad and not await self._known.engine.alive():  # which says nothing of the revision
+        if bad and not await resident.engine.alive(now=True):  # which says nothing of the revision
             self._drop(model, [revision])
             return
         if bad is False:

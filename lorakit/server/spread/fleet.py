@@ -110,8 +110,8 @@ class Fleet:
         engine = self._any if isinstance(choice, Nowhere) else self.members[choice.engine]
         return await engine.call(method, path, body)
 
-    async def alive(self) -> bool:
-        return any([await engine.alive() for engine in self.members.values()])
+    async def alive(self, *, now: bool = False) -> bool:
+        return any([await engine.alive(now=now) for engine in self.members.values()])
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         choice = self.router.choose(None)

@@ -181,9 +181,10 @@ class Placing:
             try:
                 await self._ensure_in(members[0], name, wanted, wait=left, urgent=urgent)
             except NoSlot:
-                if members[0].gone.is_set() and time.monotonic() < until:
-                    continue  # another may have place
-                raise
+                if time.monotonic() >= until or (not members[0].gone.is_set() and await members[0].engine.alive()):
+                    raise
+                await asyncio.sleep(0.05)  # that engine is gone, and another may have place
+                continue
             self._wanted[name] = wanted
             self._ensured = name, members[0]
             return
@@ -208,6 +209,10 @@ class Placing:
             self._router.loading(member.name, adapter)
         try:
             await residency.ensure(name, wanted.folder, wait=wait, urgent=urgent)
+        except LoadFailed as error:
+            if not await member.engine.alive(now=True):  # nothing is known of the adapter by that
+                raise NoSlot(f"the engine '{member.name}' ended while '{name}' was loaded: {error}") from None
+            raise
         finally:
             if not member.gone.is_set() and all(one.folder != wanted.folder for one in residency.residents):
                 self._router.removed(member.name, adapter)
