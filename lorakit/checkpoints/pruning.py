@@ -24,7 +24,7 @@ from lorakit.checkpoints.retention import Checkpoint, KeepBest, Retention, in_wo
 from lorakit.checkpoints.trainer_state import read_facts
 from lorakit.errors import LorakitError, NotFound, disk_errors_named
 from lorakit.files.folders import clear_abandoned, sync_folder
-from lorakit.store.catalog import Facts, Revision, Run, own_eval_loss
+from lorakit.store.catalog import Facts, own_eval_loss
 from lorakit.store.store import bases_in, default_home, open_store
 from lorakit.store.trash import trash_path
 from lorakit.store.trash_folders import HIDDEN, Taken, put_back
@@ -351,21 +351,10 @@ def _held(run: Path, home: Path) -> dict[str, list[str]]:
     for base in bases_in(home):
         with open_store(home, base) as store:
             runs = store.runs()
-        for name, revision in (pair for known in runs.values() for pair in _aliases(known)):
+        for name, revision in (pair for known in runs.values() for pair in known.pointed_at()):
             if revision.source:
                 held.setdefault(_real(Path(revision.source)), []).append(f"the store's '{name}' points at it")
     return held
-
-
-def _aliases(run: Run) -> Iterator[tuple[str, Revision]]:
-    """Each alias that a revision has, those that are worked out too."""
-    names = {alias: f"{run.name}@{alias}" if alias else run.name for alias in (*run.aliases, "latest", "best")}
-    for alias, name in names.items():
-        revision = run.select(alias or None)
-        if revision is not None:
-            yield name, revision
-    for alias, revision in run.split_among():
-        yield f"{run.name}@{alias}" if alias else run.name, revision
 
 
 def _real(path: Path) -> str:

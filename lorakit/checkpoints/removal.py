@@ -10,6 +10,7 @@ from pathlib import Path
 from lorakit.checkpoints.finished import CHECKPOINT, look_at
 from lorakit.checkpoints.recognise import recognise
 from lorakit.errors import Conflict, Incomplete, NotFound, Refused
+from lorakit.store.names import model_name
 from lorakit.store.serving import in_use
 from lorakit.store.store import bases_in, open_store
 from lorakit.store.trash import (
@@ -119,7 +120,7 @@ def _refuse_pointed_at(path: Path, home: Path) -> None:
             runs = store.runs()
         for run in runs.values():
             pointed_at = [*run.aliases.items(), *((alias, revision.id) for alias, revision in run.split_among())]
-            aliased = {id: f"'{run.name}@{alias}'" if alias else f"'{run.name}'" for alias, id in pointed_at}
+            aliased = {id: f"'{model_name(run.name, alias)}'" for alias, id in pointed_at}
             for id, revision in run.revisions.items():
                 if not revision.source or os.path.realpath(revision.source) != real:
                     continue

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from lorakit.server.following.served import Served, Waiting
 from lorakit.store.catalog import Facts, Revision, Run
+from lorakit.store.names import model_name
 from lorakit.store.splits import split_said
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ def model_cards(known: Served) -> list[dict[str, Any]]:
     for name in sorted(known.runs):
         run = known.runs[name]
         aliases = aliases_of(known, run)
-        names += [(f"{name}@{alias}" if alias else name, target) for alias, target in aliases.items()]
+        names += [(model_name(name, alias), target) for alias, target in aliases.items()]
     for name in sorted(known.runs):
         run = known.runs[name]
         names += [(run.revisions[id].name, run.revisions[id]) for id in run.without(known.unusable)]

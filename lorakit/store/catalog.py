@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lorakit.store.names import parse_selector, revision_name
+from lorakit.store.names import model_name, parse_selector, revision_name
 from lorakit.store.splits import Split
 
 Label = Literal["step", "final", "plain", "mix"]
@@ -142,6 +142,15 @@ class Run:
         """Each alias that is split, with each revision that answers for it, or beside it."""
         for alias, split in self.splits.items():
             yield from ((alias, self.revisions[id]) for id in split.members if id in self.revisions)
+
+    def pointed_at(self) -> Iterator[tuple[str, Revision]]:
+        """Each name with a revision that it means or shares: of the aliases that were set, and those worked out."""
+        for alias in dict.fromkeys((*self.aliases, "latest", "best")):
+            revision = self.select(alias or None)
+            if revision is not None:
+                yield model_name(self.name, alias), revision
+        for alias, revision in self.split_among():
+            yield model_name(self.name, alias), revision
 
     def without(self, ids: Collection[int]) -> Mapping[int, Revision]:
         """The revisions but for these, which are few where the revisions are many."""

@@ -33,6 +33,11 @@ def check_alias(alias: str) -> None:
         raise Refused(f"the alias '{alias}' would read as a step or a digest; choose another word")
 
 
+def model_name(run: str, alias: str) -> str:
+    """What a request asks for to get what an alias means: `sql@best`; for the default one, which is empty, `sql`."""
+    return f"{run}@{alias}" if alias else run
+
+
 @dataclass(frozen=True, slots=True)
 class Selector:
     """What follows the `@`: at most one of the fields is set, none for the default alias."""

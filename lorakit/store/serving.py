@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.errors import disk_errors_named
-from lorakit.store.catalog import Revision, Run
 from lorakit.store.store import open_store
 
 FOLDER = "serving"
@@ -83,18 +82,9 @@ def in_use(home: Path) -> dict[tuple[str, int], str]:
         with open_store(home, server.base) as store:
             runs = store.runs()
         for run in runs.values():
-            for name, revision in _pointed_at(run):
+            for name, revision in run.pointed_at():
                 found.setdefault((server.base, revision.id), f"{server} serves it as '{name}'")
     return found
-
-
-def _pointed_at(run: Run) -> Iterator[tuple[str, Revision]]:
-    for alias in (*run.aliases, "latest", "best"):
-        revision = run.select(alias or None)
-        if revision is not None:
-            yield f"{run.name}@{alias}" if alias else run.name, revision
-    for alias, revision in run.split_among():
-        yield f"{run.name}@{alias}" if alias else run.name, revision
 
 
 def _is_held(handle: int) -> bool:

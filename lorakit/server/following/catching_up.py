@@ -10,6 +10,7 @@ from lorakit.server.following.leaving import Leaving
 from lorakit.server.following.served import Served, about, split_text
 from lorakit.server.sharing.comparison import Comparison
 from lorakit.store.catalog import Revision, Run
+from lorakit.store.names import model_name
 from lorakit.store.splits import split_said
 
 WHY = "another server"
@@ -80,7 +81,7 @@ class CatchingUp:
             split, was = fresh.splits.get(alias), before[1].get(alias)
             if (before[0].get(alias), was) == (target, split):
                 continue
-            revision, shown = run.revisions[target], f"{run.name}@{alias}" if alias else run.name
+            revision, shown = run.revisions[target], model_name(run.name, alias)
             said = split_said(split, run.revisions) if split is not None else {}
             kind, now = ("split", split_text(said)) if split is not None else ("alias", revision.name)
             self._known.events.tell(kind, f"{shown} is now {now}", alias=shown, why=WHY, **said, **about(revision))

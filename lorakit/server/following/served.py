@@ -24,7 +24,7 @@ from lorakit.server.settings import Settings
 from lorakit.server.sharing.choosing import chosen
 from lorakit.server.sight.events import Events
 from lorakit.store.catalog import Revision, Run, best, latest
-from lorakit.store.names import split_model
+from lorakit.store.names import model_name, split_model
 from lorakit.store.splits import Split, split_said
 from lorakit.store.store import Store
 
@@ -275,7 +275,7 @@ class Served:
             self.passed_over.pop(id, None)
         if pinned is not None:
             run.pinned = pinned
-        shown = f"{run.name}@{alias}" if alias else run.name
+        shown = model_name(run.name, alias)
         if split is None:
             self.events.tell("alias", f"{shown} is now {revision.name}", alias=shown, why=why, **about(revision))
             return

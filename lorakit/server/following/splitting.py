@@ -11,7 +11,7 @@ from lorakit.server.following.changes import Changes
 from lorakit.server.following.served import Served, about, split_text
 from lorakit.server.sharing.comparison import Comparison
 from lorakit.store.catalog import Revision, Run
-from lorakit.store.names import check_alias
+from lorakit.store.names import check_alias, model_name
 from lorakit.store.splits import Split, are_whole, split_said
 
 MOST_SHARES = 8
@@ -85,7 +85,7 @@ class Splitting:
             passed_over=None if is_shadow else {revision.id: reason}, split=None if left.is_plain else left,
         )  # fmt: skip
         if not is_shadow:
-            shown = f"{run.name}@{alias}" if alias else run.name
+            shown = model_name(run.name, alias)
             told = f"{shown} asks {revision.name} no more: {reason}"
             self._known.events.tell("rollback", told, alias=shown, reason=reason, to=main.name, **about(revision))
 

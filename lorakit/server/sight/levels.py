@@ -14,7 +14,7 @@ from lorakit.server.following.turns import Resident
 from lorakit.server.sight.tallies import Count, Labels, Level
 from lorakit.server.views import aliases_of
 from lorakit.store.catalog import Revision
-from lorakit.store.names import split_model
+from lorakit.store.names import model_name, split_model
 
 MOST_ALIASES = 100
 
@@ -71,7 +71,7 @@ def _pointed_at(known: Served) -> Iterable[tuple[str, Revision]]:
     for name, run in known.runs.items():
         for alias, id in run.aliases.items():
             if id in run.revisions:
-                yield f"{name}@{alias}" if alias else name, run.revisions[id]
+                yield model_name(name, alias), run.revisions[id]
 
 
 def _shares(known: Served) -> Iterable[tuple[Labels, float]]:
@@ -79,7 +79,7 @@ def _shares(known: Served) -> Iterable[tuple[Labels, float]]:
         for alias, split in run.splits.items():
             for id, share in split.shares.items():
                 if id in run.revisions:
-                    yield (f"{name}@{alias}" if alias else name, run.revisions[id].name), share
+                    yield (model_name(name, alias), run.revisions[id].name), share
 
 
 def _adapters_info(known: Served, residents: Iterable[Resident]) -> Level:
@@ -105,7 +105,7 @@ def _names_of(known: Served, revisions: Iterable[str]) -> dict[str, set[str]]:
     meant = list(known.mixes.targets().items())
     for run in {split_model(name)[0] for name in found} & known.runs.keys():
         aliases = aliases_of(known, known.runs[run])
-        meant += [(f"{run}@{alias}" if alias else run, revision) for alias, revision in aliases.items()]
+        meant += [(model_name(run, alias), revision) for alias, revision in aliases.items()]
     for alias, revision in meant:
         if revision.name in found:
             found[revision.name].add(alias)
