@@ -15,19 +15,24 @@ from lorakit.cli import main
 
 @dataclass(frozen=True)
 class Ended:
+    """`key` is what was in LORAKIT_API_KEY then."""
+
     code: int
     out: str
     err: str
+    key: str | None = None
 
 
 def lorakit(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ended:
     before = signal.getsignal(signal.SIGTERM)
     try:
         # a process of its own would keep its variables to itself
-        with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
+        with patch.dict(os.environ):
+            with pytest.raises(SystemExit) as ended:
+                main([str(argument) for argument in arguments])
+            key = os.environ.get("LORAKIT_API_KEY")
     finally:
         signal.signal(signal.SIGTERM, before)
     code = ended.value.code
     assert isinstance(code, int)
-    return Ended(code, *capsys.readouterr())
+    return Ended(code, *capsys.readouterr(), key)

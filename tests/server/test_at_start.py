@@ -92,10 +92,9 @@ def test_serve_refuses_an_open_door_and_shows_no_key(
     assert (shut.code, "lorakit key create" in shut.err) == (4, True)
     given = serve("--host", "0.0.0.0", "--api-key-file", tmp_path / "key")
     assert given.code == 0, given.err
-    assert os.environ["LORAKIT_API_KEY"] == "sekret", "as the engine's process inherits it"
+    assert given.key == "sekret", "as the engine's process inherits it"
     assert "--middleware" in given.out
     assert "sekret" not in given.out + given.err
-    monkeypatch.setenv("LORAKIT_API_KEY", "")
     assert serve("--host", "0.0.0.0", "--allow-no-key").code == 0
     assert serve("--api-key", "sekret").code == 2
     assert serve("--tls-cert", tmp_path / "key").code == 2
