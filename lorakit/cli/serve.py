@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -232,8 +233,9 @@ def command(
         start_one(replicas - 1, "")  # where there are too few GPUs, it is said now
         _end_with(
             run_replicas(
-                start_one, replicas, settings, base=model.identity, base_path=folder, max_rank=rank, host=host,
-                port=port, what=what,
+                start_one, replicas, settings, base=model.identity, base_path=folder, max_rank=rank,
+                memory=0 if vllm.needs_spare(found.version, found.cpu) else max_cpu_loras, host=host, port=port,
+                what=what,
             )
         )  # fmt: skip
         return
@@ -247,7 +249,9 @@ def _refuse_beside_engine(
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"--engine '{url}': write its address, http://HOST:PORT")
-        if urls.count(url) > 1:
+        if "@" in urlsplit(url).netloc:
+            raise UsageError("--engine: an address is shown to many, so it holds no password: set LORAKIT_ENGINE_KEY")
+        if [one.rstrip("/") for one in urls].count(url.rstrip("/")) > 1:
             raise UsageError(f"--engine '{url}' is named twice")
     said = {
         "--takeover": takeover, "--replicas": replicas > 1, "--dry-run": dry_run, "arguments for vLLM": arguments

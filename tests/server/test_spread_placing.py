@@ -359,5 +359,71 @@ async def test_an_adapter_that_an_engine_refused_as_it_died_is_loaded_by_another
         first = next(engine for engine in there.engines.values() if engine.loads)
         first.dead = True
         await there.until(lambda: there.having(folder))
+        await there.until(lambda: there.served.reconciler.runs["a"].aliases)
         answer = await there.ask("a")
         assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, fingerprint_of(folder))
+
+
+class Unasked(Gone):
+    """One that is dead when it is asked to load."""
+
+    async def load(self, name: str, folder: Path) -> None:
+        if not self.reachable:
+            self.dead = True
+            raise EngineFailed("the engine did not list its adapters: Connection refused")
+        await super().load(name, folder)
+
+
+async def test_a_cold_adapter_whose_home_has_just_died_comes_into_another(numbers: Path, tmp_path: Path) -> None:
+    engines = [Unasked(numbers), Unasked(numbers)]
+    async with several(tmp_path, numbers, *engines) as there:
+        await there.served.until_ready()
+        folders = {}
+        for name, engine in there.engines.items():
+            engine.reachable = False
+            alive = engine.alive
+
+            async def told(*, now: bool = False, name: str = name, alive: Any = alive) -> bool:
+                well = await alive(now=now)
+                there.fleet.is_well(name, well)
+                return bool(well)
+
+            engine.alive = told
+            folders |= runs(tmp_path, "a")
+            break
+        other = next(engine for engine in there.engines.values() if engine.reachable)
+        await there.until(lambda: other.inside)
+        await there.until(lambda: "a" in there.served.reconciler.runs and there.served.reconciler.runs["a"].aliases)
+        answer = await there.ask("a")
+    assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, fingerprint_of(folders["a"]))
+
+
+async def test_of_one_content_under_two_names_nothing_stays_on_its_way(numbers: Path, tmp_path: Path) -> None:
+    put_checkpoint(tmp_path / "runs" / "a", 10, 1)
+    put_checkpoint(tmp_path / "runs" / "b", 10, 1)
+    async with several(tmp_path, numbers, FakeEngine(numbers), FakeEngine(numbers)) as there:
+        await there.served.until_ready()
+        for name in "abab":
+            assert (await there.ask(name)).status_code == 200
+        assert not any(engine.coming for engine in there.fleet.router._engines.values())
+
+
+async def test_who_removes_an_adapter_does_not_wait_for_an_engine_that_is_gone(numbers: Path, tmp_path: Path) -> None:
+    (folder,) = runs(tmp_path, "a").values()
+    engines = [FakeEngine(numbers), FakeEngine(numbers)]
+    async with several(tmp_path, numbers, *engines) as there:
+        await there.served.until_ready()
+        (holder,) = there.having(folder)
+        engine = there.engines[holder]
+        held = asyncio.create_task(there.ask("a", hold="x"))
+        await there.until(lambda: engine.asked)
+        revision = there.served.reconciler.runs["a"].select(None)
+        assert revision is not None
+        leaving = asyncio.create_task(there.served.reconciler.residency.leave(revision.name))
+        await asyncio.sleep(0.05)
+        assert not leaving.done(), "a request is in flight"
+        await there.fleet.leave(holder)
+        async with asyncio.timeout(5):
+            await leaving
+        engine.gate("x").set()
+        assert (await held).status_code == 200

@@ -75,6 +75,8 @@ class Http:
 
     async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
         """Status and body; 599 with the reason where there was no answer."""
+        if self._session.closed:
+            return 599, json.dumps({"error": {"message": f"{self.url} was started anew"}}).encode()
         raw = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, **({} if raw is None else {"content-type": "application/json"})}
         try:
@@ -109,6 +111,8 @@ class Http:
         headers = [(key.decode("latin-1"), value.decode("latin-1"))
                    for key, value in scope["headers"] if key not in _OWN_HEADERS]  # fmt: skip
         started = False
+        if self._session.closed:
+            raise Unreached(f"{self.url} was started anew, and what was asked for is gone")
         try:
             async with self._session.request(
                 scope["method"], url, data=body, headers=[*headers, *self._headers.items()], allow_redirects=False
@@ -186,8 +190,11 @@ class RemoteEngine:
         self._said: set[str] = set()
 
     @classmethod
-    async def connect(cls, http: Http, store: Path, *, base_path: str, slots: int, max_rank: int) -> Self:
+    async def connect(
+        cls, http: Http, store: Path, *, base_path: str, slots: int, max_rank: int, memory: int = 0
+    ) -> Self:
         """Ask what it can do, and take out what an earlier gateway on this store left there; `slots`: use no more.
+        `memory`: adapters that it holds at all, where that is known.
 
         Raises:
             EngineFailed: it can't be used.
@@ -200,6 +207,8 @@ class RemoteEngine:
             raise EngineFailed(f"what answers at {http.url} is no vLLM ({type(error).__name__}: {error})") from None
         engine = cls(http, offers, store)
         await engine._settle(slots)
+        if memory and engine._offers.removes:
+            engine._limits = replace(engine._limits, memory=memory)
         return engine
 
     async def _settle(self, slots: int) -> None:
@@ -223,6 +232,9 @@ class RemoteEngine:
         """What an earlier gateway left there, and can be taken out."""
         for name in ours:
             await self.remove(name)
+        if len(ours) == len(self._offers.there):  # one that was killed may have left some that have no name any more
+            for number in await adapters_inside(self._http.call):
+                await take_out(self._http.call, number)
 
     async def close(self) -> None:
         """Leave nothing behind, as far as that can be."""
@@ -279,8 +291,9 @@ class RemoteEngine:
         self._named.discard(name)
         await self._http.call("POST", UNLOAD, {"lora_name": name})
         await self._ended(name)
-        if (number := self._numbers.pop(name, None)) is not None:
+        if (number := self._numbers.get(name)) is not None:
             await take_out(self._http.call, number)
+            del self._numbers[name]
             return
         # What was cut off a moment ago may be in one more step, which may read its files: the next answer comes after.
         await self.try_out(self._limits.base)
@@ -307,10 +320,11 @@ class RemoteEngine:
         while True:
             status, failures, looks = await self._health(), self._http.failures, looks + 1
             if status == 200 and (failures or looks % _LIST_EVERY == 0):
-                if not await self._remembers():
+                remembers = await self._remembers()
+                if remembers is False:
                     self.lost.set()
                     return
-                self._http.failures -= failures
+                self._http.failures -= failures if remembers else 0
             since = 0.0 if status == 200 else since + LOOK
             self._is(status == 200 or (status == 0 and since < patience))
             await asyncio.sleep(LOOK)
@@ -328,10 +342,17 @@ class RemoteEngine:
         except TimeoutError:
             return 0
 
-    async def _remembers(self) -> bool:
-        """Whether what was loaded is there."""
-        status, body = await self._http.call("GET", "/v1/models", None)
-        return status == 200 and self._named <= {card["id"] for card in json.loads(body)["data"]}
+    async def _remembers(self) -> bool | None:
+        """Whether what was loaded is there; None where it does not say."""
+        named = set(self._named)  # what is loaded meanwhile may not be listed yet
+        try:
+            async with asyncio.timeout(5 * LOOK):
+                status, body = await self._http.call("GET", "/v1/models", None)
+        except TimeoutError:
+            return None
+        if status != 200:
+            return None
+        return named & self._named <= {card["id"] for card in json.loads(body)["data"]}
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

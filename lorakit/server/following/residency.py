@@ -239,8 +239,15 @@ class Residency:
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
+        self.give_up("the engine is gone that it was to be loaded into")
+        self._residents.clear()
+        self._names.clear()
+        self._changed.set()  # who waits for one to leave need not any more
+
+    def give_up(self, reason: str) -> None:
+        """Who waits for an adapter is told that it does not come, for now."""
         for want in list(self._wants.values()):
-            self._fail(want, NoSlot(f"the engine is gone that '{want.name}' was to be loaded into"))
+            self._fail(want, NoSlot(f"'{want.name}' did not come into the engine: {reason}"))
 
     # one step at a time
 

@@ -30,7 +30,9 @@ def levels(known: Served) -> list[Level | Count]:
         "store": max(0, stored - len(known.residency.names)),
     }
     loaded: dict[Labels, float] = {(resident.name, "slot" if resident.busy else "memory"): 1 for resident in residents}
-    in_flight: dict[Labels, float] = {(resident.name,): resident.in_flight for resident in residents}
+    in_flight: dict[Labels, float] = {}
+    for resident in residents:  # of several engines, each may have it
+        in_flight[resident.name,] = in_flight.get((resident.name,), 0) + resident.in_flight
     info = list(islice(_pointed_at(known), MOST_ALIASES))
     steps: dict[Labels, float] = {
         (alias,): revision.facts.step for alias, revision in info if revision.facts.step is not None

@@ -18,6 +18,7 @@ from lorakit.server.spread.expositions import joined
 from lorakit.server.spread.routing import Capacity, Nowhere, Router
 
 AT_ONCE = 256  # requests that vLLM answers at once (its --max-num-seqs), where nobody said otherwise
+TELLS = 5.0  # seconds that one has to tell its metrics
 
 
 class Following(Protocol):
@@ -26,6 +27,8 @@ class Following(Protocol):
     def came(self, name: str, engine: Engine) -> None: ...
 
     async def went(self, name: str) -> None: ...
+
+    def fell_ill(self, name: str) -> None: ...
 
 
 class Fleet:
@@ -74,12 +77,20 @@ class Fleet:
         """Whether one that is there answers."""
         if name in self.members:
             self.router.set_health(name, well)
+            for follower in () if well else self._followers:
+                follower.fell_ill(name)
 
     @property
     def _any(self) -> Answering:
         """One of them, or that which was there last."""
         assert self._last is not None, "nobody has joined"
         return next(iter(self.members.values()), self._last)
+
+    @property
+    def _one(self) -> Answering:
+        """The least busy of them that answers."""
+        choice = self.router.choose(None)
+        return self._any if isinstance(choice, Nowhere) else self.members[choice.engine]
 
     # as one engine
 
@@ -103,34 +114,34 @@ class Fleet:
         )
 
     async def try_out(self, name: str) -> str | None:
-        return await self._any.try_out(name)
+        return await self._one.try_out(name)
 
     async def call(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
-        choice = self.router.choose(None)
-        engine = self._any if isinstance(choice, Nowhere) else self.members[choice.engine]
-        return await engine.call(method, path, body)
+        return await self._one.call(method, path, body)
 
     async def alive(self, *, now: bool = False) -> bool:
-        return any([await engine.alive(now=now) for engine in self.members.values()])
+        return any(await asyncio.gather(*(engine.alive(now=now) for engine in list(self.members.values()))))
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         choice = self.router.choose(None)
         if isinstance(choice, Nowhere):
             raise Unreached(choice.reason)
+        engine = self.members[choice.engine]
         self.router.begun(choice.engine, None)
         try:
-            await self.members[choice.engine].answer(scope, receive, send)
+            await engine.answer(scope, receive, send)
         finally:
-            self.router.ended(choice.engine, None)
+            if self.members.get(choice.engine) is engine:  # one that was started anew has begun nothing
+                self.router.ended(choice.engine, None)
 
     def model_card(self) -> dict[str, Any]:
         return self._any.model_card()
 
     def serves(self, path: str) -> bool:
-        return self._any.serves(path)
+        return all(engine.serves(path) for engine in self.members.values()) and self._any.serves(path)
 
     def goes_around(self, path: str) -> bool:
-        return self._any.goes_around(path)
+        return any(engine.goes_around(path) for engine in (self._any, *self.members.values()))
 
     def templated(self, path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
         return self._any.templated(path, said, template)
@@ -138,8 +149,17 @@ class Fleet:
     async def metrics(self) -> bytes:
         """All that each says, with the label `replica`."""
         members = dict(self.members)
-        told = await asyncio.gather(*(engine.metrics() for engine in members.values()))
+        told = await asyncio.gather(*(_told_by(engine) for engine in members.values()))
         return joined(dict(zip(members, told, strict=True)), "replica")
 
     async def describe(self) -> dict[str, Any]:
-        return await self._any.describe()
+        return await self._one.describe()
+
+
+async def _told_by(engine: Answering) -> bytes:
+    """Nothing, of one that hangs."""
+    try:
+        async with asyncio.timeout(TELLS):
+            return await engine.metrics()
+    except TimeoutError:
+        return b""

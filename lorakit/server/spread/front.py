@@ -44,6 +44,9 @@ class Told:
         said = f"engine '{name}' has joined: {limits.engine}, with {limits.slots} slots"
         self._events.tell("engine", said, replica=name)
 
+    def fell_ill(self, name: str) -> None:
+        self._events.tell("engine", f"engine '{name}' does not answer: the others are asked", replica=name)
+
     async def went(self, name: str) -> None:
         self._events.tell("engine", f"engine '{name}' is gone, and what it had is asked of the others", replica=name)
 
@@ -52,12 +55,15 @@ class SpreadFront:
     """Says 503 until the first engine has joined; from then on the gateway says what there is to say."""
 
     def __init__(
-        self, engines: Mapping[str, str], settings: Settings, *, base_path: str, max_rank: int, key: str = ""
-    ) -> None:
+        self, engines: Mapping[str, str], settings: Settings, *, base_path: str, max_rank: int, memory: int = 0,
+        kept: bool = False, key: str = "",
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._fleet = Fleet()
         addresses = [Address(name, url) for name, url in engines.items()]
-        self._joining = Joining(self._fleet, addresses, settings, base_path=base_path, max_rank=max_rank, key=key)
+        self._joining = Joining(
+            self._fleet, addresses, settings, base_path=base_path, max_rank=max_rank, memory=memory, kept=kept, key=key
+        )
         self._gateway: Gateway | None = None
         self.begun = asyncio.Event()
 
@@ -119,7 +125,10 @@ async def serve_supervised(line: Supervised, settings: Settings, said: Mapping[s
     ending = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # the line's end, or the supervisor's
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
-    front = SpreadFront(said["engines"], settings, base_path=said["base_path"], max_rank=said["max_rank"])
+    front = SpreadFront(
+        said["engines"], settings, base_path=said["base_path"], max_rank=said["max_rank"], memory=said["memory"],
+        kept=True,
+    )  # fmt: skip
     await line.may_begin()
     running = asyncio.create_task(front.run())
     begun, ended = asyncio.create_task(front.begun.wait()), asyncio.create_task(ending.wait())

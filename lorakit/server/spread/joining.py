@@ -25,18 +25,25 @@ class Address:
     url: str
 
 
+def _nobody(_: bool) -> None:
+    pass
+
+
 class Joining:
-    """`base_path` and `max_rank` are what engines do not say of themselves over HTTP."""
+    """`base_path`, `max_rank` and `memory` are what engines do not say of themselves over HTTP. `kept`: somebody ends
+    one that can't be used, and starts it anew, so it is waited for."""
 
     def __init__(
         self, fleet: Fleet, addresses: Sequence[Address], settings: Settings, *, base_path: str, max_rank: int,
-        key: str = "",
+        memory: int = 0, kept: bool = False, key: str = "",
     ) -> None:  # fmt: skip
         self._fleet = fleet
         self._addresses = addresses
         self._settings = settings
         self._base_path = base_path
         self._max_rank = max_rank
+        self._memory = memory
+        self._kept = kept
         self._key = key
         self._joined: dict[str, asyncio.Event] = {one.name: asyncio.Event() for one in addresses}
         self._why: dict[str, str] = {}
@@ -80,7 +87,7 @@ class Joining:
                 await self._serve(address.name, engine)
                 self._say(address.name, f"{address.url} was started anew: what was in it is loaded again")
             except LorakitError as error:
-                if not any(event.is_set() for event in self._joined.values()):
+                if not (self._kept or any(event.is_set() for event in self._joined.values())):
                     raise
                 self._say(address.name, f"{address.url} can't be used: {error}")
                 await asyncio.sleep(LOOK)
@@ -97,7 +104,7 @@ class Joining:
     async def _connected(self, http: Http) -> RemoteEngine:
         return await RemoteEngine.connect(
             http, self._settings.store_home, base_path=self._base_path, slots=self._settings.max_loras,
-            max_rank=self._max_rank,
+            max_rank=self._max_rank, memory=self._memory,
         )  # fmt: skip
 
     async def _serve(self, name: str, engine: RemoteEngine) -> None:
@@ -116,6 +123,7 @@ class Joining:
         try:
             await engine.watch(self._settings.silent_limit)
         finally:
+            engine.told = _nobody  # what is found out of it late is not of the next one
             await self._fleet.leave(name)
             with contextlib.suppress(LorakitError):
                 await engine.close()

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.server.engines.engine import Engine, LoadFailed
+from lorakit.errors import LorakitError
+from lorakit.server.engines.engine import Engine
 from lorakit.server.following.residency import Counted, NoSlot, Residency, nobody
 from lorakit.server.following.turns import Resident
 from lorakit.server.spread.fleet import Fleet
 from lorakit.server.spread.routing import Asked, Nowhere
+from lorakit.store.mixes import RUN as MIXES
 from lorakit.store.names import split_model
 
 COPY_WAIT = 10.0  # seconds that a copy nobody waits for may wait for its place
@@ -86,6 +88,10 @@ class Placing:
         member.gone.set()
         await member.residency.close()
 
+    def fell_ill(self, name: str) -> None:
+        """It does not answer: who waits for an adapter there may have it elsewhere."""
+        self._members[name].residency.give_up("it does not answer")
+
     async def _bring_back(self, member: Member, wanted: dict[str, Wanted]) -> None:
         """What names mean, and was in it before, is in it again, with nobody's hand."""
         for name, one in list(wanted.items())[: member.residency.places]:
@@ -93,7 +99,7 @@ class Placing:
                 await self._copy(member, name, one)
 
     async def _copy(self, member: Member, name: str, wanted: Wanted) -> None:
-        with contextlib.suppress(LoadFailed, NoSlot):
+        with contextlib.suppress(LorakitError):
             await self._ensure_in(member, name, wanted, wait=COPY_WAIT, urgent=False)
 
     def _begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -171,7 +177,9 @@ class Placing:
         self, name: str, folder: Path, *, wait: float, urgent: bool = False, rank: int = 1,
         instead_of: Path | None = None,
     ) -> None:  # fmt: skip
-        wanted = self._wanted[name] = Wanted(Asked(folder.name, rank, split_model(name)[0]), folder)
+        run = split_model(name)[0]
+        # the revisions of a run have the same homes, the mixes each its own
+        wanted = self._wanted[name] = Wanted(Asked(folder.name, rank, folder.name if run == MIXES else run), folder)
         until = time.monotonic() + wait
         while True:
             members = self._places(wanted, instead_of.name if urgent and instead_of is not None else None)
@@ -205,11 +213,15 @@ class Placing:
     async def _ensure_in(self, member: Member, name: str, wanted: Wanted, *, wait: float, urgent: bool) -> None:
         """Raises LoadFailed, NoSlot."""
         residency, adapter = member.residency, wanted.asked.adapter
-        if residency.find(name) is None:
+        if member.gone.is_set():
+            raise NoSlot(f"the engine '{member.name}' is gone")
+        if all(one.folder != wanted.folder for one in residency.residents):
             self._router.loading(member.name, adapter)
         try:
             await residency.ensure(name, wanted.folder, wait=wait, urgent=urgent)
-        except LoadFailed as error:
+        except NoSlot:
+            raise
+        except LorakitError as error:
             if not await member.engine.alive(now=True):  # nothing is known of the adapter by that
                 raise NoSlot(f"the engine '{member.name}' ended while '{name}' was loaded: {error}") from None
             raise
@@ -227,11 +239,18 @@ class Placing:
         self._wanted.pop(name, None)
         for before in self._before.values():
             before.pop(name, None)
-        await asyncio.gather(*(residency.leave(name) for residency in list(self._residencies)))
+        await asyncio.gather(*(self._leave(member, name) for member in list(self._members.values())))
+
+    async def _leave(self, member: Member, name: str) -> None:
+        try:
+            await member.residency.leave(name)
+        except LorakitError:
+            if await member.engine.alive(now=True):
+                raise  # of an engine that is dead, it goes with all the rest
 
     async def close(self) -> None:
         for task in self._aside:
             task.cancel()
         await asyncio.gather(*self._aside, return_exceptions=True)
-        for residency in self._residencies:
+        for residency in list(self._residencies):
             await residency.close()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 ENGINES = "LORAKIT_ENGINES"
 
 
-def engines_told(engines: Mapping[str, str], *, base_path: str, max_rank: int) -> dict[str, str]:
+def engines_told(engines: Mapping[str, str], *, base_path: str, max_rank: int, memory: int) -> dict[str, str]:
     """Variables: the engines' addresses by name, and what they do not say of themselves over HTTP."""
-    return {ENGINES: json.dumps({"engines": dict(engines), "base_path": base_path, "max_rank": max_rank})}
+    said = {"engines": dict(engines), "base_path": base_path, "max_rank": max_rank, "memory": memory}
+    return {ENGINES: json.dumps(said)}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from lorakit.errors import Conflict, EngineFailed
 from lorakit.files.folders import temporary_folder
@@ -68,8 +67,8 @@ def run_engine(
 
 
 def run_replicas(
-    start: Start, count: int, settings: Settings, *, base: str, base_path: str, max_rank: int, host: str, port: int,
-    what: str,
+    start: Start, count: int, settings: Settings, *, base: str, base_path: str, max_rank: int, memory: int,
+    host: str, port: int, what: str,
 ) -> int:  # fmt: skip
     """Several engines, and a gateway in front of them, each a process that is started again when it ends, until a
     signal ends it: the exit code. `base` is the base's identity, `base_path` its folder.
@@ -82,14 +81,14 @@ def run_replicas(
         closing(listen(host, port)) as public,
         temporary_folder(place_for_sockets(), RUNTIME_PREFIX, 0o700) as sockets,
     ):
-        with open_store(settings.store_home, base):  # one that can't be used is said before vLLM is started
-            pass
+        with open_store(settings.store_home, base) as store:  # one that can't be used is said before vLLM is started
+            may_write = store.unwritable is None
         url = _url(settings, host, public.getsockname()[1])
         print(own_line(f"{count} x {what}, on {url}", settings.log_format), file=sys.stderr, flush=True)
         paths = [sockets / f"{number}.sock" for number in range(count)]
         keepers = [_keeper(start, number, path, settings) for number, path in enumerate(paths)]
         engines = {str(number): f"unix:{path}" for number, path in enumerate(paths)}
-        told = engines_told(engines, base_path=base_path, max_rank=max_rank)
+        told = engines_told(engines, base_path=base_path, max_rank=max_rank, memory=memory)
 
         def front(_: str) -> tuple[list[str], dict[str, str]]:
             variables = {**os.environ, **settings.as_environment(), **told, "PYTHONUNBUFFERED": "1"}
@@ -99,7 +98,8 @@ def run_replicas(
             public, front, phase_of=_no_phase, times=_times(settings), log_format=settings.log_format,
             certificate=settings.certificate, what="gateway",
         )  # fmt: skip
-        asyncio.run(_together(supervisor, keepers))
+        with serving(settings.store_home, base, url) if may_write else nullcontext():
+            asyncio.run(_together(supervisor, keepers))
     return supervisor.exit_code
 
 
@@ -124,11 +124,14 @@ async def _together(supervisor: Supervisor, keepers: Sequence[Keeper]) -> None:
             if task.done():
                 task.result()
     finally:
-        for keeper, task in zip(keepers, keeping, strict=True):
-            if supervisor.at_once:
-                keeper.end_at_once()
+        for task in keeping:
             task.cancel()
-        await asyncio.gather(*keeping, return_exceptions=True)
+        ending = asyncio.gather(*keeping, return_exceptions=True)
+        while not ending.done():
+            if supervisor.at_once:
+                for keeper in keepers:
+                    keeper.end_at_once()
+            await asyncio.wait([ending], timeout=0.2)
 
 
 def _no_phase(_: str) -> None:
@@ -169,7 +172,7 @@ def run_in_front_of(
         print(
             own_line(f"the engines at {', '.join(urls)}, on {where}", settings.log_format), file=sys.stderr, flush=True
         )
-        engines = {urlsplit(url).netloc: url for url in urls}
+        engines = {url.partition("://")[2].rstrip("/"): url for url in urls}
         return asyncio.run(serve_in_front_of(engines, public, settings, base_path=base_path, max_rank=max_rank))
 
 
