@@ -224,7 +224,16 @@ def command(
             whole, replicas=replicas, max_ongoing_requests=max_ongoing_requests, max_lora_rank=rank, vllm=arguments
         )  # fmt: skip
         _end_with(
-            run_on_ray(plan, settings, where=where(ray), identity=model.identity, host=host, port=port, what=what)
+            run_on_ray(
+                plan,
+                settings,
+                where=where(ray),
+                identity=model.identity,
+                host=host,
+                port=port,
+                what=what,
+                allow_no_key=allow_no_key,
+            )  # fmt: skip
         )
         return
     if replicas > 1:

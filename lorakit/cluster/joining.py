@@ -30,6 +30,7 @@ ADDRESS = "RAY_ADDRESS"
 ANSWERS = 5.0  # seconds to wait for a connection
 OBJECT_STORE = 100 << 20  # bytes; what is sent between processes is small, and Ray would take 30% of the memory
 _SAFE = "RAY_AUTH_MODE"
+_OOM = {"RAY_task_oom_retries": "3"}  # of a task that a node ended for want of memory: Ray's default is for ever
 _LONGEST = 18  # letters: the sockets deep below it are named by paths of at most 107
 
 Where = str | bool  # an address; True for the one that RAY_ADDRESS names, else for a cluster of this machine
@@ -68,6 +69,8 @@ def joined(
                 "object_store_memory": object_store, "_temp_dir": str(stack.enter_context(_short_folder())),
             }  # fmt: skip
             stack.enter_context(_variables(_ours()))
+        # Whoever begins a task counts, so this holds on any cluster; it is read as Ray is imported.
+        stack.enter_context(_variables({name: os.environ.get(name, value) for name, value in _OOM.items()}))
         ray: Any = import_module("ray")
         stack.callback(ray.shutdown)
         _begin(ray, options, address)

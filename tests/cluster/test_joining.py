@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,8 @@ from lorakit.cluster.joining import joined
 from lorakit.errors import LorakitError, UsageError
 from lorakit.merge.merge import merge
 from tests.folders import write_adapter, write_base
+
+OOM = "RAY_task_oom_retries"
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +75,25 @@ def test_a_cluster_that_is_started_here_is_for_this_process_alone(monkeypatch: p
 def test_who_has_a_way_of_their_own_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert joining._ours() == {"RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_a_task_that_ends_for_want_of_memory_is_not_begun_again_for_ever(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray reads it as it is imported; whoever has set it keeps what they set."""
+    monkeypatch.delenv(OOM, raising=False)
+    if own is not None:
+        monkeypatch.setenv(OOM, own)
+    seen: list[str | None] = []
+    ray = SimpleNamespace(
+        init=lambda **_: seen.append(os.environ.get(OOM)), shutdown=lambda: None,
+        exceptions=SimpleNamespace(RayError=ValueError),
+    )  # fmt: skip
+    monkeypatch.setattr(joining, "import_module", lambda _: ray)
+    monkeypatch.setattr(joining, "_ensure_answers", lambda _: None)
+    for where in (True, "10.0.0.1:6379"):
+        with joined(where):
+            pass
+    assert seen == [own or "3"] * 2
+    assert os.environ.get(OOM) == own

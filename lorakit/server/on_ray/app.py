@@ -15,6 +15,7 @@ from lorakit.server.settings import Settings
 
 MANY = 100_000  # requests that the gateway takes at once: limits are the settings', and the replicas'
 HEALTH = 2.0  # seconds between two looks at a replica's health
+LEAVING = 15.0  # seconds besides `drain` before Ray ends by force what was asked to leave
 
 
 def app(args: dict[str, Any]) -> Application:
@@ -27,11 +28,11 @@ def bound(plan: Plan, settings: Settings, key: str = "") -> Application:
     """The gateway with its engines; `key`: one that may do all, where no file holds it."""
     engines: Any = serve.deployment(
         name=ENGINES, max_ongoing_requests=plan.max_ongoing_requests, ray_actor_options=_resources(plan),
-        health_check_period_s=HEALTH, graceful_shutdown_timeout_s=settings.drain, **_how_many(plan),
+        health_check_period_s=HEALTH, graceful_shutdown_timeout_s=settings.drain + LEAVING, **_how_many(plan),
     )(Engines)  # fmt: skip
     gateway: Any = serve.deployment(
         name=GATEWAY, num_replicas=1, max_ongoing_requests=MANY, ray_actor_options={"num_cpus": 0},
-        health_check_period_s=HEALTH, graceful_shutdown_timeout_s=settings.drain,
+        health_check_period_s=HEALTH, graceful_shutdown_timeout_s=settings.drain + LEAVING,
     )(serve.ingress(standing)(Ingress))  # fmt: skip
     application: Application = gateway.bind(plan, settings, key, engines.bind(plan, settings))
     return application

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
@@ -13,8 +13,6 @@ from lorakit.server.following.residency import NoSlot
 from lorakit.server.on_ray.engine import ReplicaDied
 from lorakit.server.on_ray.hosted import Piece
 from lorakit.server.on_ray.messages import Adapter, Described, Outcome, Question
-
-_DEAD = (ActorDiedError, ActorUnavailableError, RayActorError)
 
 
 class RayReplicas:
@@ -38,7 +36,7 @@ class RayReplicas:
             ended = True
         except BackPressureError as error:
             raise NoSlot(str(error)) from None
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:
             ended = True
             raise _died(error) from error
         finally:
@@ -53,15 +51,15 @@ class RayReplicas:
             found: tuple[int, bytes] | Outcome = await handle.call.remote(method, path, body, adapter, wait)
         except BackPressureError as error:
             raise NoSlot(str(error)) from None
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:
             raise _died(error) from error
         return found
 
 
 def _died(error: Exception) -> Exception:
-    """What to raise for an error of Ray's: what a replica itself raises says nothing of its process."""
-    cause = getattr(error, "cause", None)
-    for one in (error, cause):
-        if isinstance(one, _DEAD):
+    """What to raise for an error of Ray's: what a replica itself raises says nothing of its process. All others mean
+    that its answer is lost."""
+    for one in (error, getattr(error, "cause", None)):
+        if isinstance(one, RayError) and not isinstance(one, RayTaskError | TaskCancelledError):
             return ReplicaDied(getattr(one, "actor_id", None) if isinstance(one, ActorDiedError) else None)
     return error

@@ -13,6 +13,7 @@ from lorakit.errors import EngineFailed, Refused
 from lorakit.server.engines.engine import Limits, Unreached
 from lorakit.server.engines.vllm import (
     COMPLETIONS,
+    OF_DEVELOPERS,
     WAYS_AROUND,
     described,
     templated,
@@ -25,14 +26,7 @@ from lorakit.server.on_ray.roster import Roster
 from lorakit.server.requests.models import ClientLeft, read_body
 from lorakit.server.requests.naming import REVISION_HEADER
 
-# What a vLLM that is told what to do over HTTP offers besides, and what of it no client is to reach.
-_DEVELOPERS = (
-    "/abort_requests", "/finish_weight", "/get_world_size", "/init_weight", "/is_paused", "/is_sleeping", "/pause",
-    "/reset_", "/resume", "/server_info", "/sleep", "/start_profile", "/start_weight", "/stop_profile",
-    "/update_weights", "/wake_up",
-)  # fmt: skip
-
-
+PROFILING = ("/start_profile", "/stop_profile")  # of one replica, which nobody can choose
 UNREACHED = 599  # the status of what had no answer
 
 
@@ -159,7 +153,7 @@ class RayEngine:
         return path in self._described.offered.paths
 
     def goes_around(self, path: str) -> bool:
-        return path.startswith(WAYS_AROUND) or path.startswith(_DEVELOPERS)
+        return path.startswith((*WAYS_AROUND, *OF_DEVELOPERS, *PROFILING))
 
     def templated(self, path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
         changes = templated(path, said, template)

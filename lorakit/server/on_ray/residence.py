@@ -138,7 +138,9 @@ class Residence:
         waits = {self._roster.bring(member, adapter, wait=wait, urgent=urgent) for member in chosen}
         outcome = Outcome("no slot", f"no replica had '{adapter.name}' in its engine")
         while waits:
-            settled, waits = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            settled, waits = await asyncio.wait(waits, timeout=wait + GRACE, return_when=asyncio.FIRST_COMPLETED)
+            if not settled:  # the order, or what came of it, was lost on its way
+                break
             for one in settled:
                 outcome = one.result()
                 if outcome.kind == "there":

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.cluster.joining import Where, joined
-from lorakit.errors import EngineFailed
-from lorakit.server.access.at_start import KEY
+from lorakit.errors import EngineFailed, Refused
+from lorakit.server.access.at_start import KEY, refuse_open_door
 from lorakit.server.on_ray.plan import Plan
 from lorakit.server.settings import Settings
 from lorakit.server.sight.logs import own_line
@@ -31,11 +31,16 @@ class _Stopped(BaseException):
         self.code = code
 
 
-def run_on_ray(plan: Plan, settings: Settings, *, where: Where, identity: str, host: str, port: int, what: str) -> int:
-    """Until SIGINT or SIGTERM: the exit code. `identity` is the base's.
+def run_on_ray(
+    plan: Plan, settings: Settings, *, where: Where, identity: str, host: str, port: int, what: str,
+    allow_no_key: bool = False,
+) -> int:  # fmt: skip
+    """Until SIGINT or SIGTERM: the exit code. `identity` is the base's. `allow_no_key`: even where other machines reach
+    the Ray Serve that the cluster has already.
 
     Raises:
         Conflict: the port is taken.
+        Refused: the cluster's Ray Serve can be reached by other machines, and there is no key.
         EngineFailed: the engines, or the gateway, do not start.
         UsageError, LorakitError: the cluster can't be joined.
     """
@@ -52,6 +57,8 @@ def run_on_ray(plan: Plan, settings: Settings, *, where: Where, identity: str, h
             plan = replace(plan, cpus=_share(ray, plan))
             settings = replace(settings, home=str(settings.store_home.absolute()))
             mine = not serve.status().proxies
+            if not (mine or allow_no_key):
+                _refuse_open(_listens(serve), settings)
             try:
                 serve.start(proxy_location="EveryNode", http_options=_http(settings, host, port))
                 at = f"on {url}" if mine else "where its Ray Serve listens already, whatever --host and --port say"
@@ -65,6 +72,19 @@ def run_on_ray(plan: Plan, settings: Settings, *, where: Where, identity: str, h
                     _end(serve, mine=mine)
     except _Stopped as stopped:
         return stopped.code
+
+
+def _listens(serve: Any) -> str:
+    """The host of the Ray Serve that there is."""
+    return str(serve.context._get_global_client().http_config.host)
+
+
+def _refuse_open(host: str, settings: Settings) -> None:
+    """As `refuse_open_door`, for a host that nobody asked for."""
+    try:
+        refuse_open_door(host, settings.store_home, has_own_key=bool(os.environ.get(KEY)))
+    except Refused as error:
+        raise Refused(f"the cluster's Ray Serve listens on {host} already, whatever --host says: {error}") from None
 
 
 def _share(ray: Any, plan: Plan) -> float:

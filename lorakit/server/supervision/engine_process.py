@@ -21,9 +21,10 @@ from typing import Any
 
 from lorakit.server.engines.vllm import undecorated
 from lorakit.server.sight.logs import LogFormat, engine_line
-from lorakit.server.supervision import line, warden
+from lorakit.server.supervision import line
 from lorakit.server.supervision.line import Line
 from lorakit.server.supervision.listener import CONTROL_FD
+from lorakit.server.supervision.warden import Warden
 
 _HOLD = 10.0  # seconds that a gateway has to come to rest
 _LAST_LINES = 40
@@ -52,7 +53,7 @@ class EngineProcess:
             preexec_fn=end_with_parent,
         )  # fmt: skip
         theirs.close()
-        self._warden = warden.start(self._process.pid, patience)
+        self._warden = Warden(self._process.pid, patience)
         self._line = Line(ours)
         self._phase_of = phase_of
         self._form = form
@@ -62,6 +63,8 @@ class EngineProcess:
         self._what = what
         self._phase = "importing vLLM" if what == "engine" else "waiting for the engines"
         self._why = ""
+        self._code: int | None = None  # while it is not reaped
+        self._closed = False
         self.reports: set[str] = set()
         self.begun = self.listening = False
         self.changed = asyncio.Event()
@@ -74,6 +77,11 @@ class EngineProcess:
 
     def _noticed_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._watcher)
+        with contextlib.suppress(ChildProcessError):
+            # It is left to be reaped: until then its group's number stays its own.
+            found = os.waitid(os.P_PIDFD, self._watcher, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is not None:
+                self._code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         self._gone.set()
         self.changed.set()
 
@@ -110,7 +118,7 @@ class EngineProcess:
     @property
     def how_it_ended(self) -> str:
         """Once it has: why it was ended, or how it ended by itself."""
-        code = self._process.returncode
+        code = self._process.returncode if self._process.returncode is not None else self._code
         by_itself = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
         return self._why or by_itself
 
@@ -217,29 +225,38 @@ class EngineProcess:
     async def end(self, patience: float, at_once: asyncio.Event) -> None:
         """Have it and all that it started gone: by itself within `patience` seconds, else by force.
 
-        Before it is up there is nothing to finish, and while it imports it hears no signal.
+        Before it is up there is nothing to finish, and while it imports it hears no signal. Once it is over, nothing
+        happens; where it was cancelled, it is to be called again.
         """
+        if self._closed:
+            return
         waits = [asyncio.create_task(event.wait()) for event in (self._gone, at_once)]
         limit = patience if "up" in self.reports else 2
         await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         # Its leader is not reaped yet, so the group's number is still its own, and what vLLM orphaned is in it.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._process.wait)
         await self._rest_gone()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2):
                 await self._reading
         self._hearing.cancel()
+        await asyncio.gather(self._hearing, return_exceptions=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._closed:  # by another call meanwhile
+            return
+        self._closed = True
         with contextlib.suppress(OSError, ValueError):
             asyncio.get_running_loop().remove_reader(self._watcher)
         os.close(self._watcher)
-        await asyncio.gather(self._hearing, return_exceptions=True)
         self._line.close()
-        self._warden.kill()
-        self._warden.communicate()
+        self._warden.dismiss()
 
     async def _rest_gone(self) -> None:
         """Until nothing of its group is left; what was killed takes a moment to go, and not every init clears up."""

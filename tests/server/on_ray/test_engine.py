@@ -119,5 +119,5 @@ async def test_an_engine_that_has_ended_behind_its_door_is_not_what_answers(numb
 
 async def test_routes_of_the_engines_own_keepers_are_closed(numbers: Path, tmp_path: Path) -> None:
     async with on_ray(tmp_path, numbers, FakeEngine(numbers)) as there:
-        for path in ("/collective_rpc", "/sleep", "/reset_prefix_cache"):
+        for path in ("/collective_rpc", "/sleep", "/reset_prefix_cache", "/start_draft_update", "/start_profile"):
             assert (await there.client.post(path, json={})).status_code == 404

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.server.on_ray.messages import Orders
 from tests.server.fake_engine import fingerprint_of, put_checkpoint
 from tests.server.on_ray.fakes import FakeEngine, holds, on_ray
 
@@ -153,3 +154,26 @@ async def test_the_same_content_under_two_names_is_one_adapter_and_leaves_with_t
         assert (await there.ask("chat")).status_code == 200
         await there.client.delete("/v1/adapters/chat")
         await there.until(lambda: not engine.inside)
+
+
+async def test_an_order_that_is_lost_on_its_way_blocks_its_adapter_no_longer_than_it_has_time(
+    numbers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica goes on to say that it is well, but never heard of it: its question had timed out."""
+    monkeypatch.setattr("lorakit.server.on_ray.residence.GRACE", 0.2)
+    folder = put_checkpoint(tmp_path / "runs" / "sql", 10)
+    engine = FakeEngine(numbers)
+    async with on_ray(tmp_path, numbers, engine, ready=False, load_wait=0.3) as there:
+        hosted = there.ray.replicas["a"].hosted
+        lost: list[Orders] = []
+
+        def obey(orders: Orders) -> None:
+            if orders.bring and not lost:
+                lost.append(orders)
+            else:
+                heard(orders)
+
+        heard = hosted.obey
+        monkeypatch.setattr(hosted, "obey", obey)
+        await there.until(lambda: fingerprint_of(folder) in engine.inside.values())
+        assert lost
