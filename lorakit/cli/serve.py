@@ -233,7 +233,7 @@ def command(
                 port=port,
                 what=what,
                 allow_no_key=allow_no_key,
-            )  # fmt: skip
+            )
         )
         return
     if replicas > 1:

@@ -107,4 +107,13 @@ async def test_what_another_server_points_at_is_answered_before_this_one_tried_i
         assert r.meant("sql@prod") == r.meant("sql@step-1") == "step-1"
 
 
+async def test_what_was_refused_here_and_another_server_points_at_is_tried_again(tmp_path: Path, numbers: Path) -> None:
+    async with room(tmp_path, numbers) as r:
+        ids = await served(r, 1, 2)
+        r.reconciler._failed[ids[1]] = "no memory"
+        assert r.meant("sql@step-1") is None
+        await r.reconciler.catch_up("sql", lambda: r.reconciler.store.move_alias("sql", "prod", ids[1], "set"))
+        assert r.meant("sql@prod") == "step-1"
+
+
 def _ignore(_: object) -> None: ...

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 from lorakit.errors import Refused
 from lorakit.server.following import mirror
 from lorakit.store.remote import objects as objects_module
-from lorakit.store.remote.objects import Objects
+from lorakit.store.remote import runs as runs_module
+from lorakit.store.remote.objects import Objects, Unreachable
 from lorakit.store.remote.shared import SharedStore
 from tests.server.fake_engine import FakeEngine, Served, fingerprint_of, put_adapter, put_checkpoint, serving
 from tests.store.remote.conftest import ADDRESS, boto, bucket, proxy, real_s3, s3  # noqa: F401
@@ -410,6 +412,69 @@ async def test_files_that_were_replaced_are_never_served_and_that_is_told(
     assert await other.revision_of("sql") == first
     assert await one.revision_of("sql") == second
     assert len(told(other, "refused")) == 1
+
+
+async def test_while_some_files_do_not_come_names_are_ready_and_what_came_is_served(
+    tmp_path: Path, numbers: Path, bucket: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with server(tmp_path / "one", numbers) as one:
+        run = tmp_path / "one" / "runs" / "sql"
+        first, second, third = [await taken_in(one, run, step) for step in (1, 2, 3)]
+        slow, bring, wait = second.rsplit("-", 1)[1], SharedStore.bring, threading.Event()
+        fails = first.rsplit("-", 1)[1]
+
+        def brought(self: SharedStore, digest: str, check: Any) -> None:
+            if digest.startswith(fails):
+                raise RuntimeError("nobody thought of that")
+            if digest.startswith(slow):
+                wait.wait(20)
+            bring(self, digest, check)
+
+        monkeypatch.setattr(SharedStore, "bring", brought)
+        async with server(tmp_path / "other", numbers) as other:  # which waits until it is ready
+            assert await other.revision_of("sql") == third
+            assert not wait.is_set()
+            wait.set()
+            assert await seconds_until(other, "sql@step-2", second) < 5.0
+            assert any("nobody thought of that" in message for message in told(other, "failed"))
+
+
+async def test_an_older_run_that_is_put_back_in_the_bucket_is_taken_over_and_told(
+    two: tuple[Served, Served], tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_module, "LOOK", 0.1)
+    one, other = two
+    run = tmp_path / "one" / "runs" / "sql"
+    first = await taken_in(one, run, 1)
+    await seconds_until(other, "sql", first)
+    assert (await one.client.put("/v1/adapters/sql/aliases/sql", json={"revision": "step-1"})).status_code == 200
+    await other.until(lambda: meaning(other)[3])
+    await alike(one, other)
+    key = next(each["Key"] for each in s3.list_objects_v2(Bucket="models")["Contents"] if "/runs/" in each["Key"])
+    old = s3.get_object(Bucket="models", Key=key)["Body"].read()
+    assert (await one.client.put("/v1/adapters/sql/aliases/prod", json={"revision": "step-1"})).status_code == 200
+    assert await seconds_until(other, "sql@prod", first) < 5.0
+    s3.put_object(Bucket="models", Key=key, Body=old)
+    for served in two:
+        assert await seconds_until(served, "sql@prod", None) < 5.0
+        assert any("older in the bucket" in message for message in told(served, "failed"))
+
+
+async def test_a_server_is_not_ready_before_what_names_mean_could_be_asked_for(
+    tmp_path: Path, numbers: Path, bucket: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with server(tmp_path / "one", numbers) as one:
+        first = await taken_in(one, tmp_path / "one" / "runs" / "sql", 1)
+        bring, away = SharedStore.bring, iter([True])
+
+        def brought(self: SharedStore, digest: str, check: Any) -> None:
+            if next(away, False):
+                raise Unreachable("the bucket does not answer")
+            bring(self, digest, check)
+
+        monkeypatch.setattr(SharedStore, "bring", brought)
+        async with server(tmp_path / "other", numbers) as other:  # which waits until it is ready
+            assert await other.revision_of("sql") == first
 
 
 async def test_a_revision_of_a_rank_that_this_server_does_not_have_is_refused_here_alone(

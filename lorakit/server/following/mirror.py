@@ -26,7 +26,7 @@ from lorakit.server.sight.events import Event
 from lorakit.store.names import check_name, revision_name
 from lorakit.store.remote.objects import Unreachable
 from lorakit.store.remote.shared import Overtaken, SharedStore, leave_all
-from lorakit.store.remote.state import Recorded
+from lorakit.store.remote.state import Recorded, RunState
 from lorakit.store.store import Store
 
 LOOK = 0.3  # seconds between two looks
@@ -62,9 +62,10 @@ class Mirror:
         self._bringing: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}  # digests of what is not served here, with the reason
         self._again: dict[str, tuple[float, float]] = {}  # by digest: when it is asked for again, and how long that was
-        self._tried: dict[str, int] = {}  # the version of each run that was taken over as far as it could be
+        self._tried: dict[str, str] = {}  # the last change of each run that was taken over as far as it could be
+        self._settled: set[str] = set()  # runs whose names mean here what they mean there, as far as that could be
         self._to_pass_over: dict[int, tuple[str, str]] = {}
-        self._unreached: set[str] = set()  # runs of which files could not be asked for
+        self._unreached: set[str] = set()  # digests of what could not be asked for when it was last tried
         self._told: dict[str, str] = {}
         known.events.listeners.append(self._hear)
 
@@ -93,20 +94,25 @@ class Mirror:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def look(self) -> None:
-        """Ask once what has changed, and begin to take it over. The first time, wait until it is."""
+        """Ask once what has changed, and begin to take it over. At first, note when what names mean is here."""
         if not self._store.is_joined:
             await self._in_thread(self._store.join)
         behind = await self._in_thread(self._store.look)
         self._over()
         for name, reason in self._store.shared.unreadable.items():
             self._tell_once(name, f"{name} is not taken over: {reason}")
+        for name in [*self._store.shared.set_back]:
+            self._store.shared.set_back.discard(name)
+            self._tried.pop(name, None)  # which may be what it was put back to
+            self._known.events.tell(
+                "failed", f"{name} is older in the bucket than it was: that is taken over", adapter=name
+            )
         for name in behind:
             if name not in self._bringing:
                 self._bringing[name] = asyncio.create_task(self._brought(name))
         await self._publish()
         if not self._known.caught_up:
-            await asyncio.gather(*self._bringing.values())
-            self._known.caught_up = not self._unreached
+            self._known.caught_up = self._bringing.keys() <= self._settled
 
     def _tell_trouble(self, error: LorakitError) -> None:
         self._store.trouble = error
@@ -132,29 +138,41 @@ class Mirror:
         try:
             check_name(name, self._known.engine.limits.base)
             await self._bring(name)
-            self._unreached.discard(name)
         except Exception as error:
-            if isinstance(error, Unreachable):
-                self._unreached.add(name)
             named = str(error) if isinstance(error, LorakitError) else f"{type(error).__name__}: {error}"
             self._tell_once(name, f"{name} could not be taken over, and will be tried again: {named}")
         finally:
+            self._settle(name)
             del self._bringing[name]
 
     async def _bring(self, name: str) -> None:
         """First what needs no files; then file by file, what names mean before all else."""
         state = self._store.shared.state(name)
-        if state is not None and self._tried.get(name) != state.version:
+        if state is not None and self._tried.get(name) != state.change:
             await self._agree(name)
-            self._tried[name] = state.version
+            self._tried[name] = state.change
         while wanted := self._wanted(name):
-            await asyncio.gather(*(self._fetch(name, recorded) for recorded in wanted[:FETCHES]))
-            await self._agree(name)
+            named = (self._store.shared.state(name) or RunState()).named
+            first = [recorded for recorded in wanted if recorded.key in named]
+            if not first:
+                self._settle(name)
+            together = (self._fetch(name, recorded) for recorded in (first or wanted)[:FETCHES])
+            outcomes = await asyncio.gather(*together, return_exceptions=True)
+            await self._agree(name)  # what did arrive is served
+            for error in outcomes:
+                if error is not None:
+                    raise error
         if not self._store.is_behind(name):
             self._told.pop(name, None)
 
     async def _agree(self, name: str) -> None:
         await self._known.catch_up(name, lambda: self._store.agree(name, self._refused.keys()))
+
+    def _settle(self, name: str) -> None:
+        """What names mean was taken over, unless the bucket could not be asked for it."""
+        state = self._store.shared.state(name) or RunState()
+        if self._unreached.isdisjoint(state.revisions[key].digest for key in state.named):
+            self._settled.add(name)
 
     def _wanted(self, name: str) -> list[Recorded]:
         now = time.monotonic()
@@ -182,9 +200,12 @@ class Mirror:
             except Refused as error:  # not whole yet, or not what it should be: that may be mended
                 if self._later(digest, MENDED) or not isinstance(error, Incomplete):
                     self._tell_refused(name, recorded, error)
-            except LorakitError:
+            except Exception as error:
                 self._later(digest, REACHED)
+                if isinstance(error, Unreachable):
+                    self._unreached.add(digest)
                 raise
+            self._unreached.discard(digest)
 
     def _later(self, digest: str, most: float) -> bool:
         """Ask for it again after a while, each time a longer one; whether it was asked for again before."""

@@ -179,8 +179,9 @@ class Served:
         self._seconds[revision.id] = seconds
 
     def vouched_for(self, revision: Revision) -> None:
-        """Another server has tried it out: a request may name it, and loads it."""
+        """Another server has tried it out: a request may name it, and loads it, even if it was refused here before."""
         self._unproven.discard(revision.id)
+        self._failed.pop(revision.id, None)
 
     async def bring_in(self, revision: Revision, *, urgent: bool = False) -> None:
         """Have a revision in the engine, with a first token that is a number; `urgent`: without waiting for its turn.

@@ -23,7 +23,8 @@ def agree(db: sqlite3.Connection, base: str, run: str, state: RunState, here: Co
     `here`. An alias that needs one of those stays as it was."""
     db.execute("INSERT OR IGNORE INTO runs (base, run) VALUES (?, ?)", (base, run))
     db.execute("UPDATE runs SET pinned = ? WHERE base = ? AND run = ?", (state.pinned, base, run))
-    ids = _revisions(db, base, run, {key: one for key, one in state.revisions.items() if one.digest in here})
+    wanted = {key: one for key, one in state.revisions.items() if one.digest in here}
+    ids = _revisions(db, base, run, wanted, _still_named(db, base, run, state, wanted))
     _finishes(db, base, run, [(ids[one.key], one.attempt) for one in state.finishes if one.key in ids])
     for alias, meant in state.aliases.items():
         if ids.keys() >= set(meant.members):
@@ -39,14 +40,31 @@ def agree(db: sqlite3.Connection, base: str, run: str, state: RunState, here: Co
         db.execute("INSERT OR REPLACE INTO passed_over VALUES (?, ?, ?)", (id, reason, time.time()))
 
 
-def _revisions(db: sqlite3.Connection, base: str, run: str, wanted: Mapping[str, Recorded]) -> dict[str, int]:
-    """The rows as they are wanted, and no others: the id of each by its key."""
+def _still_named(db: sqlite3.Connection, base: str, run: str, state: RunState, wanted: Collection[str]) -> set[int]:
+    """What is named here by aliases that wait for files, and left the bucket: it answers until those are here."""
+    waiting = [alias for alias, meant in state.aliases.items() if not set(meant.members) <= set(wanted)]
+    named: set[int] = set()
+    for alias in waiting:
+        for table in ("aliases", "split_revisions"):
+            where = "base = ? AND run = ? AND alias = ?"
+            named |= {row[0] for row in db.execute(f"SELECT revision FROM {table} WHERE {where}", (base, run, alias))}
+    rows = db.execute(
+        "SELECT id, kind, step, digest FROM revisions WHERE base = ? AND run = ? AND trashed IS NULL", (base, run)
+    ).fetchall()
+    return {row[0] for row in rows if row[0] in named and key_of(*row[1:]) not in state.revisions}
+
+
+def _revisions(
+    db: sqlite3.Connection, base: str, run: str, wanted: Mapping[str, Recorded], spared: Collection[int]
+) -> dict[str, int]:
+    """The rows as they are wanted, and no others but the `spared` ones: the id of each that is wanted by its key."""
     ids, known = dict[str, int](), dict[str, tuple[Any, ...]]()
     for row in db.execute(f"SELECT {_COLUMNS}, trashed FROM revisions WHERE base = ? AND run = ?", (base, run)):
         key = key_of(row[1], row[2], row[3])
         ids[key], known[key] = row[0], (*row[4:8], row[10], row[11])
     for key in ids.keys() - wanted.keys():
-        db.execute("DELETE FROM revisions WHERE id = ?", (ids.pop(key),))
+        if (id := ids.pop(key)) not in spared:
+            db.execute("DELETE FROM revisions WHERE id = ?", (id,))
     for key, one in wanted.items():
         said = (json.dumps(asdict(one.facts)), one.rank, one.size, one.source, one.repaired)
         if known.get(key) == (*said, None):
@@ -81,15 +99,19 @@ def _finishes(db: sqlite3.Connection, base: str, run: str, wanted: list[tuple[in
 
 
 def _alias(db: sqlite3.Connection, alias: tuple[str, str, str], meant: Meant, ids: Mapping[str, int]) -> None:
-    """With the journal of the moves that this machine has not seen."""
+    """With a journal that ends as the bucket's does, but for moves to what is not here."""
     where = "base = ? AND run = ? AND alias = ?"
-    last = db.execute(f"SELECT revision, at FROM moves WHERE {where} ORDER BY id DESC LIMIT 1", alias).fetchone()
-    seen = max(
-        (number for number, move in enumerate(meant.moves, 1) if last == (ids.get(move.key), move.at)), default=0
-    )
-    for move in meant.moves[seen:]:
-        if move.key in ids:
-            point_alias(db, alias, ids[move.key], move.why, move.at)
+    moves = [(ids[move.key], move.at, move.why) for move in meant.moves if move.key in ids]
+    lines = db.execute(
+        f"SELECT revision, at, id FROM moves WHERE {where} ORDER BY id DESC LIMIT ?", (*alias, 2 * len(moves))
+    ).fetchall()[::-1]
+    if [line[:2] for line in lines[-len(moves) :]] != [move[:2] for move in moves]:
+        known = {move[:2] for move in moves}
+        first = next((id for revision, at, id in lines if (revision, at) in known), None)
+        if first is not None:  # from there on in the bucket's order: files of an earlier move may have come later
+            db.execute(f"DELETE FROM moves WHERE {where} AND id >= ?", (*alias, first))
+        for id, at, why in moves:
+            point_alias(db, alias, id, why, at)
     db.execute(
         "INSERT INTO aliases (base, run, alias, revision) VALUES (?, ?, ?, ?)"
         " ON CONFLICT (base, run, alias) DO UPDATE SET revision = excluded.revision",
@@ -145,5 +167,5 @@ def _meant(database: Database, alias: tuple[str, str, str], keys: Mapping[int, s
         history.append(Move(keys[target], "set", time.time()))
     if left is None or left.is_plain:
         return Meant(tuple(history[-16:]))
-    shares = {keys[id]: share for id, share in left.shares.items()}
+    shares = {keys[id]: min(1.0, share) for id, share in left.shares.items()}  # which may have been rounded up
     return Meant(tuple(history[-16:]), shares, tuple(keys[id] for id in left.shadows), left.seed)

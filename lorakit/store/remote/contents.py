@@ -53,7 +53,7 @@ def fetch_revision(objects: Objects, digest: str, staged: Path) -> None:
         said = json.loads(manifest.body)
         sizes = {str(name): int(size) for name, size in said["files"].items()}
         provenance = said["provenance"]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InvalidFile(f"'{shown}/{MANIFEST}' can't be read: {error}") from None
     odd = [name for name in sizes if not _NAME.fullmatch(name) or name in (MANIFEST, PROVENANCE)]
     if odd or not 0 < len(sizes) <= MOST_FILES:

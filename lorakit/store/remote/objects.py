@@ -23,6 +23,7 @@ _T = TypeVar("_T")
 _SMALL = (3, 5, 3)
 _FILE = (3, 60, 5)
 _PAGE = 1000  # objects that one answer lists
+_PROBES = 3  # until it is believed that a bucket takes no conditional writes
 _PASSING = {408, 429, 500, 502, 503, 504}
 _NO_CONDITIONS = {400, 405, 501}
 
@@ -133,7 +134,14 @@ class Objects:
     def ensure_conditions(self) -> None:
         """Raises Refused where the bucket does not hold a write to what was said of it: then two servers that move the
         same alias at once would not know of one another."""
-        name = f"probe/{uuid.uuid4().hex}"
+        if not any(self._keeps_conditions(f"probe/{uuid.uuid4().hex}") for _ in range(_PROBES)):
+            raise Refused(
+                f"'{self.address}' takes no conditional writes (If-None-Match and If-Match of PUT), without which "
+                f"servers that share it would undo each other's changes: use a store that has them"
+            )
+
+    def _keeps_conditions(self, name: str) -> bool:
+        """False also of a bucket that does, where an answer was lost and the write asked for again."""
         try:
             first = self.write(name, b"1", over=None)
             try:
@@ -142,12 +150,8 @@ class Objects:
             finally:
                 self.remove(name)
         except (Lost, _Unconditional):
-            kept = False
-        if not kept:
-            raise Refused(
-                f"'{self.address}' takes no conditional writes (If-None-Match and If-Match of PUT), without which "
-                f"servers that share it would undo each other's changes: use a store that has them"
-            )
+            return False
+        return kept
 
     def _is_refused(self, name: str, over: Stored | None) -> bool:
         try:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from lorakit.errors import Incomplete, LorakitError, Refused
 from lorakit.store.names import check_name
 from lorakit.store.remote.objects import Lost, Objects, Stored, Unreachable
-from lorakit.store.remote.state import RunState, Transition, read_state, written
+from lorakit.store.remote.state import RunState, Transition, ensure_whole, read_state, written
 
 ATTEMPTS = 40  # to write what others write at the same time
 CHANGES = 64  # that the head remembers
@@ -46,6 +46,8 @@ class SharedRuns:
         self._count = -1
         self._looked = -LOOK
         self.unreadable: dict[str, str] = {}  # runs whose object is none, with the reason
+        self.set_back: set[str] = set()  # runs that were put back in the bucket, or begun anew, and are taken as that
+        self._older: dict[str, str] = {}  # the etags of older ones that the last list named
 
     def state(self, name: str) -> RunState | None:
         """What was read last; None for a run that is not there."""
@@ -70,6 +72,13 @@ class SharedRuns:
             if after == before:
                 return before, before
             after = replace(after, version=before.version + 1, change=uuid.uuid4().hex)
+            try:
+                ensure_whole(after)
+            except ValueError as error:
+                raise LorakitError(
+                    f"'{name}' was not changed in '{self.objects.address}', as no server could read what it would be: "
+                    f"{error}: look again, and report this where it goes on"
+                ) from None
             try:
                 now = self.objects.write(self._object(name), written(after, self.base), over=stored)
             except Lost:
@@ -105,8 +114,19 @@ class SharedRuns:
         head = self.objects.read(f"{self._folder}/head.json")
         listed = self.objects.listed(f"{self._folder}/runs")
         named = {name.removesuffix(".json"): etag for name, etag in listed.items() if name.endswith(".json")}
-        others = [name for name, etag in named.items() if name not in self._read or self._read[name][0].etag != etag]
+        for name in self.unreadable.keys() - named.keys():
+            self.unreadable.pop(name, None)
+        others = [
+            name
+            for name, etag in named.items()
+            if name not in self._read or self._read[name][0].etag != etag or name in self.unreadable
+        ]
+        before, self._older = self._older, {}
         found = self._refreshed(others)
+        for name in [name for name, etag in self._older.items() if before.get(name) == etag]:
+            if self._refresh(name, or_older=True):
+                self.set_back.add(name)
+                found.add(name)
         if head is not None:
             self._head, self._count = head, _read_head(head)[0]
         self._looked = time.monotonic()
@@ -118,25 +138,35 @@ class SharedRuns:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return {name for name, is_new in zip(names, pool.map(self._refresh, names), strict=True) if is_new}
 
-    def _refresh(self, name: str) -> bool:
-        """Whether it is another. An older version is what a bucket may say that is not of one mind."""
+    def _refresh(self, name: str, *, or_older: bool = False) -> bool:
+        """Whether it is another. An older version is what a bucket may say that is not of one mind; what two lists in
+        succession name, somebody has put there."""
         try:
             check_name(name)
             known = self._read.get(name)
             stored = self.objects.read(self._object(name), known[0] if known else None)
-            if stored is None or (known is not None and stored is known[0]):
+            if stored is None:
                 return False
-            return self._remember(name, stored, read_state(stored.body, self.base, self._shown(name)))
+            if known is not None and stored is known[0]:
+                self.unreadable.pop(name, None)
+                return False
+            state = read_state(stored.body, self.base, self._shown(name))
+            if self._remember(name, stored, state, or_older=or_older):
+                return True
+            self._older[name] = stored.etag
+            self.unreadable.pop(name, None)
+            return False
         except (Unreachable, Incomplete):
             raise
         except LorakitError as error:
             self.unreadable[name] = str(error)
             return False
 
-    def _remember(self, name: str, stored: Stored, state: RunState) -> bool:
+    def _remember(self, name: str, stored: Stored, state: RunState, *, or_older: bool = False) -> bool:
         with self._lock:
             known = self._read.get(name)
-            if known is not None and known[1].version >= state.version:
+            is_older = known is not None and known[1].version >= state.version
+            if is_older and (not or_older or self._older.get(name) != stored.etag):
                 return False
             self._read[name] = replace(stored, body=b""), state  # of many runs, what it says is enough
             self.unreadable.pop(name, None)
@@ -183,5 +213,5 @@ def _read_head(head: Stored) -> tuple[int, list[tuple[int, str]]]:
         said = json.loads(head.body)
         last: Iterable[tuple[int, str]] = said["last"]
         return int(said["count"]), [(int(number), str(name)) for number, name in last]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return 0, []

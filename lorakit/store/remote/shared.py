@@ -52,7 +52,8 @@ class SharedStore(Store):
         self.is_joined = False
         self.trouble: LorakitError | None = None  # why the bucket could not be reached when it was asked last
         self._id = uuid.uuid4().hex
-        self._agreed: dict[str, int] = {}  # the version of each run that all here is by
+        self._agreed: dict[str, str] = {}  # the last change of each run that all here is by
+        self._taken: dict[str, str] = {}  # the same, as far as the files are here
         self._lock = threading.Lock()
 
     # with the bucket
@@ -90,11 +91,15 @@ class SharedStore(Store):
     def look(self) -> list[str]:
         """Ask what has changed: the runs that this machine is behind in."""
         self.shared.changed()
+        with self._lock:
+            for name in list(self.shared.set_back):  # to what may have been taken over once
+                self._agreed.pop(name, None)
+                self._taken.pop(name, None)
         return [name for name in self.shared.names if self.is_behind(name)]
 
     def is_behind(self, name: str) -> bool:
         state = self.shared.state(name)
-        return state is not None and self._agreed.get(name) != state.version
+        return state is not None and self._agreed.get(name) != state.change
 
     def missing(self, name: str) -> list[Recorded]:
         """The revisions of a run whose files are not here: first those that aliases need, then the newest."""
@@ -123,16 +128,17 @@ class SharedStore(Store):
             if state is None:
                 return
             lacking = self._write(name, state)
+            self._taken[name] = state.change
             if lacking <= set(refused):
-                self._agreed[name] = state.version
+                self._agreed[name] = state.change
 
     def _write(self, name: str, state: RunState) -> set[str]:
         """The digests of what could not be, as its files are not here."""
-        here = {digest for digest in state.digests if self._folder(digest).is_dir()}
         if state.forgotten:
             super().forget(name)
             return set()
         with self._database.change() as db:
+            here = {digest for digest in state.digests if self._folder(digest).is_dir()}  # none leaves meanwhile
             agree(db, self.base, name, state, here)
         return state.digests - here
 
@@ -159,8 +165,9 @@ class SharedStore(Store):
         with self._lock:
             latest = self.shared.state(name) or after  # which is newer, if others were quick
             self._write(name, latest)
-            if latest is after and self._agreed.get(name, 0) == before.version:
-                self._agreed[name] = after.version
+            for known in (self._agreed, self._taken):
+                if latest is after and known.get(name, "") == before.change:
+                    known[name] = after.change
 
     def add(
         self, run: str, kind: Label, digest: str, facts: Facts, *, rank: int, size: int, path: str, source: Source,
@@ -199,7 +206,7 @@ class SharedStore(Store):
     ) -> None:  # fmt: skip
         here = state_here(self._database, self.base, run)
         keys = {id: self._key(id) for id in {revision, *(passed_over or ()), *(split.members if split else ())}}
-        shares = {keys[id]: share for id, share in split.shares.items()} if split is not None else {}
+        shares = {keys[id]: min(1.0, share) for id, share in split.shares.items()} if split is not None else {}
         shadows = tuple(keys[id] for id in split.shadows) if split is not None else ()
         over = {keys[id]: reason for id, reason in (passed_over or {}).items()}
         move = Move(keys[revision], why, time.time())
@@ -214,7 +221,8 @@ class SharedStore(Store):
                 seed=split.seed if split is not None else 0, lost=needed,
             )  # fmt: skip
 
-        if by_itself and self.is_behind(run):
+        known = self.shared.state(run)
+        if by_itself and known is not None and self._taken.get(run) != known.change:
             raise Overtaken(f"another server has changed '{run}' meanwhile: look again")
         self._change(run, with_it)
 

@@ -166,10 +166,14 @@ class RunState:
         """An alias means something else; `lost` are revisions that it needs and that may have been removed since."""
         before = self.aliases[alias].moves if alias in self.aliases else ()
         meant = Meant((*before, move)[-REMEMBERED - 1 :], dict(shares), shadows, seed)
-        passed = {key: why for key, why in {**self.passed_over, **passed_over}.items() if key not in meant.members}
+        revisions = {**{one.key: one for one in lost}, **self.revisions}
+        passed = {
+            key: why for key, why in {**self.passed_over, **passed_over}.items()
+            if key in revisions and key not in meant.members  # else it was removed meanwhile
+        }  # fmt: skip
         return replace(
             self, aliases={**self.aliases, alias: meant}, pinned=self.pinned if pinned is None else pinned,
-            passed_over=passed, revisions={**{one.key: one for one in lost}, **self.revisions},
+            passed_over=passed, revisions=revisions,
         )  # fmt: skip
 
     def with_passed_over(self, key: str, reason: str) -> RunState:
@@ -238,8 +242,8 @@ def read_state(raw: bytes, base: str, shown: str) -> RunState:
             said["pinned"] is True,
             {str(key): str(reason) for key, reason in said["passed_over"].items()},
         )  # fmt: skip
-        _ensure_whole(state)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, Refused) as error:
+        ensure_whole(state)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, Refused) as error:
         raise InvalidFile(f"'{shown}' is not what a lorakit writes there: {error}") from None
     return state
 
@@ -267,7 +271,7 @@ def _meant(said: Any) -> Meant:
     )
 
 
-def _ensure_whole(state: RunState) -> None:
+def ensure_whole(state: RunState) -> None:
     """Raises ValueError, Refused where a part names what is not there."""
     if any(key != one.key for key, one in state.revisions.items()):
         raise ValueError("a revision stands under another's name")

@@ -59,7 +59,7 @@ def test_a_revision_without_its_manifest_or_a_file_is_not_whole_yet(machine: Mac
     assert not list((other.home / "revisions").iterdir())
 
 
-ODD = ({"../evil": 1}, {"a/b": 1}, {}, {"lorakit.json": 1}, {".hidden": 1}, ["a"], None)
+ODD = ({"../evil": 1}, {"a/b": 1}, {}, {"lorakit.json": 1}, {".hidden": 1}, ["a"], None, {"a": float("inf")})
 
 
 def test_a_manifest_that_names_what_no_revision_has_is_refused(machine: Machine, s3: Any) -> None:

@@ -146,3 +146,9 @@ def test_without_its_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(module.LorakitError, match=r"pip install 'lorakit\[s3\]'"):
         Objects(parse_store("s3://models"))
+
+
+def test_a_probe_whose_answer_was_lost_is_tried_again(objects: Objects, bucket: Faulty) -> None:
+    lost = iter([True])
+    bucket.lose = lambda method, path: method == "PUT" and next(lost, False)
+    objects.ensure_conditions()

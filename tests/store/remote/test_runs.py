@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,3 +91,45 @@ def test_an_object_that_is_no_run_is_left_alone_and_said(machine: Machine, s3: A
     assert catch_up(other) == ["sql"]
     with pytest.raises(LorakitError):
         add(other, run="odd-1")
+
+
+def _key_and_body(s3: Any) -> tuple[str, bytes]:
+    key = next(each["Key"] for each in s3.list_objects_v2(Bucket="models")["Contents"] if "/runs/" in each["Key"])
+    return key, s3.get_object(Bucket="models", Key=key)["Body"].read()
+
+
+def test_what_was_no_run_and_is_put_back_as_it_was_can_be_changed_again(machine: Machine, s3: Any) -> None:
+    one = machine("one")
+    a = add(one)
+    key, good = _key_and_body(s3)
+    s3.put_object(Bucket="models", Key=key, Body=b"{")
+    one.shared.look()
+    assert "sql" in one.shared.unreadable
+    s3.put_object(Bucket="models", Key=key, Body=good)
+    one.shared.look()
+    assert one.shared.unreadable == {}
+    point(one, a, "prod")
+
+
+def test_an_older_run_that_two_lists_name_was_put_back_and_is_taken_over(machine: Machine, s3: Any) -> None:
+    one, other = machine("one"), machine("other")
+    a = add(one)
+    key, old = _key_and_body(s3)
+    point(one, a, "prod")
+    catch_up(other)
+    s3.put_object(Bucket="models", Key=key, Body=old)
+    assert other.shared.look() == set()
+    assert other.shared.look() == {"sql"}
+    assert other.shared.set_back == {"sql"}
+    assert catch_up(other) == ["sql"]
+    assert meant(other, "prod") is None
+    point(other, run_of(other).select("step-100"), "new")  # type: ignore[arg-type]
+
+
+def test_a_change_that_no_machine_could_read_is_not_written(machine: Machine, s3: Any) -> None:
+    one = machine("one")
+    add(one)
+    _, before = _key_and_body(s3)
+    with pytest.raises(LorakitError, match="not changed"):
+        one.shared.change("sql", lambda state: replace(state, passed_over={"nothing": "so"}))
+    assert _key_and_body(s3)[1] == before

@@ -291,6 +291,57 @@ def test_an_alias_whose_files_are_not_here_stays_where_it_was(machine: Machine) 
     assert meant(other) == b.name
 
 
+def test_an_alias_whose_files_are_not_here_keeps_what_left_the_bucket(machine: Machine) -> None:
+    one, other = machine("one"), machine("other")
+    a = add(one, step=1, content="1")
+    point(one, a)
+    point(one, a, "half", split=Split({a.id: 1.0}, ()))
+    catch_up(other)
+    b = add(one, step=2, content="2")
+    point(one, b)
+    point(one, b, "half")
+    one.remove([a.id])
+    other.look()
+    other.agree("sql")
+    assert meant(other) == meant(other, "half") == a.name
+    catch_up(other)
+    assert meant(other) == meant(other, "half") == b.name
+    assert said(run_of(other)) == said(run_of(one))
+
+
+def test_a_machine_whose_files_come_in_another_order_goes_back_where_all_would(machine: Machine) -> None:
+    one, other = machine("one"), machine("other")
+    a, b, c = (add(one, step=step, content=str(step)) for step in (1, 2, 3))
+    for revision in (a, b, c):
+        point(one, revision)
+    other.look()
+    for revision in (c, a, b):
+        other.bring(revision.digest, lambda _: None)
+        other.agree("sql")
+    before = other.previous("sql", "")
+    assert before is not None
+    assert run_of(other).revisions[before].name == b.name
+    moves = other._database.rows("SELECT count(*) FROM moves")
+    other.agree("sql")
+    assert other._database.rows("SELECT count(*) FROM moves") == moves == [(3,)]
+
+
+def test_a_revision_that_can_not_be_had_does_not_keep_the_others_from_being_followed(machine: Machine) -> None:
+    one, other = machine("one"), machine("other")
+    a, b, lacking = (add(one, step=step, content=str(step)) for step in (1, 2, 3))
+    point(one, a, why="follow")
+    other.look()
+    for revision in (a, b):
+        other.bring(revision.digest, lambda _: None)
+    with pytest.raises(Overtaken):  # nothing of it was taken over yet
+        other.move_alias("sql", "", 1, "follow")
+    other.agree("sql")
+    point(other, run_of(other).select("step-2"), why="follow")  # type: ignore[arg-type]
+    catch_up(one)
+    assert meant(one) == b.name
+    assert lacking.digest in {recorded.digest for recorded in other.missing("sql")}
+
+
 # homes
 
 

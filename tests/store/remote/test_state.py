@@ -141,3 +141,17 @@ def test_a_revision_that_can_be_none_is_refused(field: dict[str, Any]) -> None:
 def test_what_a_newer_lorakit_wrote_is_said_to_be_that() -> None:
     with pytest.raises(LorakitError, match="upgrade"):
         read_state(b'{"format": 2}', BASE, "s3://there")
+
+
+def test_a_move_passes_over_nothing_that_was_removed_meanwhile() -> None:
+    a, b, gone = recorded(1), recorded(2), recorded(3)
+    state = moved(added(added(RunState(), a), b), a, passed_over={b.key: "it fails", gone.key: "between"})
+    assert state.passed_over == {b.key: "it fails"}
+    assert read_state(written(state, BASE), BASE, "x") == state
+
+
+@pytest.mark.parametrize("spoil", [b'"version":1e999', b'"version":' + b"[" * 100_000 + b"]" * 100_000])
+def test_numbers_and_depths_that_nothing_holds_are_refused(spoil: bytes) -> None:
+    raw = written(RunState(3), BASE).replace(b'"version":3', spoil)
+    with pytest.raises(InvalidFile):
+        read_state(raw, BASE, "s3://there")
