@@ -15,7 +15,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorakit.errors import EngineFailed, LorakitError
+from lorakit.errors import EngineFailed
 from lorakit.server.access.at_start import KEY
 from lorakit.server.access.keyring import Keyring
 from lorakit.server.access.rights import NO_ADMIN, NONE, OPEN_TO_ALL, RIGHTS
@@ -25,6 +25,7 @@ from lorakit.server.file_work import file_work
 from lorakit.server.following.mirror import Mirror, opened_store
 from lorakit.server.following.reconciler import Reconciler
 from lorakit.server.following.residency import Residence, Residency
+from lorakit.server.lifespan import once_started
 from lorakit.server.page.door import Page, is_page
 from lorakit.server.requests.answers import error_response, unavailable
 from lorakit.server.requests.asking import MODEL_ROUTES, Asking
@@ -84,22 +85,13 @@ class Gateway:
     # life
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def started(message: Message) -> None:
-            if message["type"] == "lifespan.startup.complete":
-                try:
-                    await self._start(scope["app"])
-                except LorakitError as error:
-                    await send({"type": "lifespan.startup.failed", "message": f"lorakit: {error}"})
-                    raise
-            await send(message)
-
         async def ending() -> Message:
             message = await receive()
             if message["type"] == "lifespan.shutdown":
                 await self.stop()
             return message
 
-        await self._inner(scope, ending, started)
+        await self._inner(scope, ending, once_started(scope, send, self._start))
 
     async def _start(self, app: Any) -> None:
         """vLLM is up, and about to listen: find out what it is, then listen where the supervisor listens."""

@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from tests.server.peft_oracle import PeftOracle
-from tests.server.real import plain_vllm, write_checkpoint
+from tests.server.real import Server, plain_vllm, write_checkpoint
 from tests.world import World
 
 CLIENTS = 32
@@ -108,6 +108,17 @@ def test_a_name_that_moves_under_streams_mixes_no_answer_and_fails_none(
         write_checkpoint(world.watched / run, world.adapters[adapter], step)
         named = world.server.wait_until(lambda step=step: _at_step(world, run, step))
         revisions[named] = adapter
+    seen = streamed_while_it_moves(
+        world.server, run, revisions, PeftOracle(world.base, world.adapters[:4]), seconds, every
+    )
+    assert {answer.revision for answer in seen} == set(revisions)
+
+
+def streamed_while_it_moves(
+    server: Server, run: str, revisions: Mapping[str, int], oracle: PeftOracle, seconds: float, every: float
+) -> list[Streamed]:
+    """What the clients of an alias of a run got while that moved on from one revision to the next: nothing failed, each
+    answer is wholly of one, and of one that the alias meant. `revisions`: the oracle's adapter of each."""
     moves: list[Move] = []
 
     async def move_on(client: httpx.AsyncClient) -> None:
@@ -120,20 +131,29 @@ def test_a_name_that_moves_under_streams_mixes_no_answer_and_fails_none(
             moves.append(Move(revision, asked, time.monotonic()))
             await asyncio.sleep(max(every / 4, asked + every - time.monotonic()))
 
-    with world.server.client() as client:
+    with server.client() as client:
         first = list(revisions)[-1]
         client.put(f"/v1/adapters/{run}/aliases/now", json={"revision": first}).raise_for_status()
     moves.append(Move(first, 0.0, 0.0))
-    seen = asyncio.run(streams_while(world.server.url, f"{run}@now", move_on))
-    oracle = PeftOracle(world.base, world.adapters[:4])
+    seen = wholly_of_one(asyncio.run(streams_while(server.url, f"{run}@now", move_on)), revisions, oracle)
     assert len(seen) > CLIENTS
+    for answer in seen:
+        assert answer.revision in meant_between(moves, answer.begun, answer.ended)
+    return seen
+
+
+def wholly_of_one(
+    seen: Sequence[Streamed | Exception], revisions: Mapping[str, int], oracle: PeftOracle
+) -> list[Streamed]:
+    """The same answers: none failed, and each is of the one revision that it says, to its last token."""
+    found = []
     for answer in seen:
         assert isinstance(answer, Streamed), f"{type(answer).__name__}: {answer}"
         assert answer.models == {answer.revision}
         adapter = revisions[answer.revision]
         assert oracle.agreement(adapter, answer.prompt, answer.tokens, answer.logprobs) == LENGTH
-        assert answer.revision in meant_between(moves, answer.begun, answer.ended)
-    assert {answer.revision for answer in seen if isinstance(answer, Streamed)} == set(revisions)
+        found.append(answer)
+    return found
 
 
 def _at_step(world: World, run: str, step: int) -> str | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lorakit.errors import LorakitError
 from lorakit.server.engines.inside import InsideEngine
+from lorakit.server.lifespan import once_started
 from lorakit.server.settings import from_environment
 from lorakit.server.sight.logs import log_to_stderr
 from lorakit.server.supervision.listener import supervised
@@ -27,18 +27,8 @@ class Attended:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             await self._inner(scope, receive, send)
-            return
-
-        async def started(message: Message) -> None:
-            if message["type"] == "lifespan.startup.complete":
-                try:
-                    await self._start(scope["app"])
-                except LorakitError as error:
-                    await send({"type": "lifespan.startup.failed", "message": f"lorakit: {error}"})
-                    raise
-            await send(message)
-
-        await self._inner(scope, receive, started)
+        else:
+            await self._inner(scope, receive, once_started(scope, send, self._start))
 
     async def _start(self, app: Any) -> None:
         settings = from_environment()

@@ -14,7 +14,7 @@ import aiohttp
 from starlette.types import Message, Receive, Scope, Send
 from yarl import URL
 
-from lorakit.errors import EngineFailed, Refused
+from lorakit.errors import EngineFailed
 from lorakit.server.engines.engine import Limits, LoadFailed, Unreached
 from lorakit.server.engines.vllm import (
     COMPLETIONS,
@@ -28,7 +28,7 @@ from lorakit.server.engines.vllm import (
     message_of,
     offered,
     take_out,
-    templated,
+    templated_over_http,
     wrong_with_first_token,
 )
 from lorakit.server.requests.answers import unavailable
@@ -374,13 +374,8 @@ class RemoteEngine:
         return path.startswith(WAYS_AROUND) or (self._offers.removes and path.startswith(OF_DEVELOPERS))
 
     def templated(self, path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
-        changes = templated(path, said, template)
-        if "chat_template_kwargs" in changes:
-            raise Refused(
-                "the adapter has a chat template of its own, and an engine over HTTP may go on to read this route by "
-                "its base's: ask /v1/chat/completions"
-            )
-        return changes  # vLLM says so itself where it was started without --trust-request-chat-template
+        # vLLM says so itself where it was started without --trust-request-chat-template
+        return templated_over_http(path, said, template)
 
     async def metrics(self) -> bytes:
         status, body = await self._http.call("GET", "/metrics", None)

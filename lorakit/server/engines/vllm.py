@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import EngineFailed, UsageError
+from lorakit.errors import EngineFailed, Refused, UsageError
 from lorakit.server.engines.engine import Limits
 
 OLDEST = (0, 26)  # before it, an adapter that was loaded could answer requests in flight on another one
@@ -201,6 +201,21 @@ def templated(path: str, said: Mapping[str, Any], template: str) -> dict[str, An
     if path.startswith(("/v1/responses", "/v1/messages")):  # which have no field for it
         return {"chat_template_kwargs": {**inside, "chat_template": template}}
     return {"chat_template": template} if "messages" in said else {}
+
+
+def templated_over_http(path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """The same for an engine that is asked over HTTP.
+
+    Raises:
+        Refused: it may go on to read this route by its base's.
+    """
+    changes = templated(path, said, template)
+    if "chat_template_kwargs" in changes:
+        raise Refused(
+            "the adapter has a chat template of its own, and an engine over HTTP may go on to read this route by its "
+            "base's: ask /v1/chat/completions"
+        )
+    return changes
 
 
 def prompt_question(model: str, tokens: Sequence[int]) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
-from lorakit.errors import EngineFailed, Refused
+from lorakit.errors import EngineFailed
 from lorakit.server.engines.engine import Limits, Unreached
 from lorakit.server.engines.vllm import (
     COMPLETIONS,
     OF_DEVELOPERS,
     WAYS_AROUND,
     described,
-    templated,
+    templated_over_http,
     wrong_with_first_token,
 )
 from lorakit.server.following.residency import NoSlot
@@ -156,13 +156,7 @@ class RayEngine:
         return path.startswith((*WAYS_AROUND, *OF_DEVELOPERS, *PROFILING))
 
     def templated(self, path: str, said: Mapping[str, Any], template: str) -> dict[str, Any]:
-        changes = templated(path, said, template)
-        if "chat_template_kwargs" in changes:
-            raise Refused(
-                "the adapter has a chat template of its own, and an engine over HTTP may go on to read this route by "
-                "its base's: ask /v1/chat/completions"
-            )
-        return changes
+        return templated_over_http(path, said, template)
 
     async def metrics(self) -> bytes:
         return await self.roster.metrics()

@@ -42,7 +42,7 @@ async def keep_obeying(hosted: Hosted, overseer: Overseer) -> None:
         try:
             async with asyncio.timeout(HEARS):
                 orders = await overseer.orders(hosted.name)
-        except Exception:
+        except Exception:  # the gateway is not there, or is another by now: whatever Ray raises then
             await asyncio.sleep(SOON)
             continue
         hosted.obey(orders)

@@ -138,7 +138,7 @@ class Fleet:
         return self._any.model_card()
 
     def serves(self, path: str) -> bool:
-        return all(engine.serves(path) for engine in self.members.values()) and self._any.serves(path)
+        return all(engine.serves(path) for engine in (self._any, *self.members.values()))
 
     def goes_around(self, path: str) -> bool:
         return any(engine.goes_around(path) for engine in (self._any, *self.members.values()))

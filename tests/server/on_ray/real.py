@@ -48,6 +48,17 @@ def serving_on_ray(
     environ = {**environment(before), "LORAKIT_HOME": str(folder / "home")}
     with log.open("wb") as stream:
         process = subprocess.Popen(command, env=environ, stdout=stream, stderr=stream)
+    with interrupted_at_the_end(process, port, log, limit, gone=20) as server:
+        yield server
+    assert process.returncode == 130, log.read_text(errors="replace")[-4000:]
+
+
+@contextmanager
+def interrupted_at_the_end(
+    process: subprocess.Popen[bytes], port: int, log: Path, limit: float, *, gone: float
+) -> Iterator[Server]:
+    """A program that serves, ready within `limit` seconds; ended by Ctrl+C, and `gone` seconds later with all that it
+    started."""
     server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
         with server.client() as client:
@@ -57,12 +68,11 @@ def serving_on_ray(
         started = server.processes()
         process.send_signal(signal.SIGINT)
         try:
-            code = process.wait(60)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
-        assert code == 130, log.read_text(errors="replace")[-4000:]
-        server.wait_until(lambda: not [pid for pid in started if is_running(pid)], 20)
+        server.wait_until(lambda: not [pid for pid in started if is_running(pid)], gone)
 
 
 def engines(server: Server) -> dict[int, int]:
@@ -108,27 +118,15 @@ def run_by_ray(config: Path, port: int, folder: Path, limit: float = 200) -> Ite
     """`serve run CONFIG`, Ray's own command, ready; ended by Ctrl+C, which leaves no process behind."""
     log = folder / "run.log"
     command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(config)]
-    short = Path(
-        tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    )  # of sockets, whose paths may have no more than 107 letters
+    short = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # of sockets, whose paths have 107 letters at most
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, env={**environment(), "RAY_TMPDIR": str(short)}, stdout=stream, stderr=stream
         )  # fmt: skip
-    server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
-        with server.client() as client:
-            wait_for(client, "/ready", process, log, limit)
-        yield server
+        with interrupted_at_the_end(process, port, log, limit, gone=30) as server:
+            yield server
     finally:
-        started = server.processes()
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-        server.wait_until(lambda: not [pid for pid in started if is_running(pid)], 30)
         shutil.rmtree(short, ignore_errors=True)
 
 

@@ -30,13 +30,11 @@ from tests.server.peft_oracle import PeftOracle
 from tests.server.real import Server, write_checkpoint
 from tests.server.test_real_flips import (
     CLIENTS,
-    LENGTH,
     PROMPTS,
-    Move,
     Streamed,
-    meant_between,
     stream,
-    streams_while,
+    streamed_while_it_moves,
+    wholly_of_one,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # two real engines are a minute, and more, to start
@@ -114,38 +112,8 @@ def test_a_name_that_moves_under_streams_mixes_no_answer_and_fails_none(
 ) -> None:
     run = "flips" if every == 1.0 else "flip"
     revisions = {on_ray.put(run, adapter, adapter + 1): adapter for adapter in range(4)}  # more than there are slots
-    moves: list[Move] = []
-
-    async def move_on(client: httpx.AsyncClient) -> None:
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends or len(moves) <= len(revisions):
-            revision = list(revisions)[len(moves) % len(revisions)]
-            asked = time.monotonic()
-            answer = await client.put(f"/v1/adapters/{run}/aliases/now", json={"revision": revision})
-            assert answer.status_code == 200, answer.text
-            moves.append(Move(revision, asked, time.monotonic()))
-            await asyncio.sleep(max(every / 4, asked + every - time.monotonic()))
-
-    with on_ray.server.client() as client:
-        first = list(revisions)[-1]
-        client.put(f"/v1/adapters/{run}/aliases/now", json={"revision": first}).raise_for_status()
-    moves.append(Move(first, 0.0, 0.0))
-    seen = asyncio.run(streams_while(on_ray.server.url, f"{run}@now", move_on))
-    assert len(seen) > CLIENTS
-    ensure_whole(on_ray, revisions, seen)
-    for answer in seen:
-        assert isinstance(answer, Streamed)
-        assert answer.revision in meant_between(moves, answer.begun, answer.ended)
-
-
-def ensure_whole(on_ray: OnRay, revisions: dict[str, int], seen: list[Streamed | Exception]) -> None:
-    """Each answer is wholly of the one revision that it says, as PEFT has it."""
     oracle = PeftOracle(on_ray.base, on_ray.adapters[:4])
-    for answer in seen:
-        assert isinstance(answer, Streamed), f"{type(answer).__name__}: {answer}"
-        assert answer.models == {answer.revision}
-        adapter = revisions[answer.revision]
-        assert oracle.agreement(adapter, answer.prompt, answer.tokens, answer.logprobs) == LENGTH
+    streamed_while_it_moves(on_ray.server, run, revisions, oracle, seconds, every)
 
 
 def test_a_gateway_that_is_killed_is_replaced_and_knows_what_names_mean(on_ray: OnRay) -> None:
@@ -206,7 +174,7 @@ def test_a_replica_that_is_killed_costs_its_own_requests_alone_and_another_takes
     assert len({replica for replica, _ in broken}) <= 1, broken  # those that the dead one had begun to answer, at most
     assert len(broken) <= AT_ONCE
     whole = [(replica, answer) for replica, answer in seen if isinstance(answer, Streamed)]
-    ensure_whole(on_ray, revisions, [answer for _, answer in whole])
+    wholly_of_one([answer for _, answer in whole], revisions, PeftOracle(on_ray.base, on_ray.adapters[:4]))
     assert {replica for replica, _ in whole} <= before
     server.wait_until(lambda: not Path(f"/proc/{orphan}").exists(), 20)
     new = server.wait_until(lambda: replicas_known(server) - before, 150)
