@@ -112,7 +112,7 @@ async def _engine(pids: Path, flags: set[str]) -> None:
     await line.may_begin()
     if "alone" in flags:
         with contextlib.suppress(asyncio.CancelledError):
-            await line.run_alone(known)
+            await line.run_alone(known, SimpleNamespace(stuck=False))
         return
     gateway: Any = SimpleNamespace(reconciler=known)
     await line.run(app, gateway)

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from lorakit.server.page.exposition import parse_exposition
 from tests.server.peft_oracle import PeftOracle
-from tests.server.real import PROMPTS, Answer, Server, answer_of, is_running, serving, write_checkpoint
+from tests.server.real import PROMPTS, Answer, Server, answer_of, ask, is_running, serving, write_checkpoint
 from tests.server.test_real_flips import streamed_while_it_moves
 from tests.world import World
 
@@ -119,6 +120,22 @@ def test_an_engine_that_is_killed_costs_what_it_was_answering_and_comes_back_wit
     failed = [(model, status, said, begun - killed) for model, status, said, begun in seen if status != 200]
     assert all(begun < 0.1 for *_, begun in failed), "what began after its death failed"
     assert len(failed) <= 10, "more failed than was in flight"
+
+
+def test_an_engine_that_hangs_behind_an_api_that_answers_is_asked_nothing_more(world: World, server: Server) -> None:
+    hit = process(server, "api_server", "/1.sock")
+    (core,) = [one.pid for one in psutil.Process(hit).children() if "EngineCore" in " ".join(one.cmdline())]
+    said = len(server.log.read_text())
+    os.kill(core, signal.SIGSTOP)
+    server.wait_until(lambda: "engine '1' does not answer: the others are asked" in server.log.read_text()[said:])
+    with server.client(timeout=10) as client:  # it is ended after twice as long
+        for adapter, name in [(None, "base"), *enumerate(NAMES)]:
+            assert ask(client, name).agrees_with(world.cold_answer(adapter, PROMPTS[0]))
+    assert is_running(hit)
+    assert server.wait_until(lambda: process(server, "api_server", "/1.sock") != hit)
+    with clients(server, "base", *NAMES) as seen:
+        server.wait_until(lambda: answered_by(server).get("1", 0.0) > 5, limit=120)
+    assert_right(world, seen)
 
 
 def test_a_gateway_that_is_killed_is_back_without_its_engines_having_ended(world: World, server: Server) -> None:

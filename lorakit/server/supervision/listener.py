@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -69,6 +69,12 @@ def supervised(settings: Settings) -> Supervised | None:
     control = int(os.environ[CONTROL_FD])
     os.set_inheritable(control, False)
     return Supervised(Line(socket.socket(fileno=control)), settings)
+
+
+class Asked(Protocol):
+    """What clients, or a gateway elsewhere, ask; it is told whether they would wait in vain."""
+
+    stuck: bool
 
 
 class Public:
@@ -149,10 +155,10 @@ class Supervised:
                     await serving
             os.kill(os.getpid(), signal.SIGTERM)  # vLLM ends its workers, then itself
 
-    async def run_alone(self, engine: Answering) -> None:
+    async def run_alone(self, engine: Answering, asked: Asked) -> None:
         """Of an engine that is asked by a gateway elsewhere: tell how it is, and end with the supervisor or when it
         says so."""
-        telling = asyncio.create_task(self._tell(engine, None, lambda: True))
+        telling = asyncio.create_task(self._tell(engine, asked, lambda: True))
         try:
             while (word := await self._line.hear()) and word.say != "stop":
                 pass
@@ -177,7 +183,7 @@ class Supervised:
                 listening.close()
             await asyncio.sleep(MOMENT)
 
-    async def _tell(self, engine: Answering | None, public: Public | None, converged: Callable[[], bool]) -> None:
+    async def _tell(self, engine: Answering | None, asked: Asked, converged: Callable[[], bool]) -> None:
         """How it is, until it is not well any more; without an engine, that this process is."""
         canary = Canary(engine, self._settings.canary) if engine is not None else None
         asking = asyncio.create_task(canary.run()) if canary is not None else None
@@ -187,8 +193,7 @@ class Supervised:
                 await self._line.say("up")
                 while (canary is None or canary.wrong is None) and (engine is None or await engine.alive()):
                     stuck = canary.stuck if canary is not None else 0.0
-                    if public is not None:
-                        public.stuck = stuck > self._settings.silent_limit
+                    asked.stuck = stuck > self._settings.silent_limit
                     await self._line.say("alive", stuck=stuck)
                     if not ready and converged():
                         ready = True
