@@ -71,7 +71,7 @@ def demonstrate(screen: Screen, work: Path) -> None:
     base, runs = work / "base", work / "runs"
     runs.mkdir()
     screen.heading("1. A base", "a tiny byte-level Llama, trained from scratch on nine facts")
-    with screen.console.status("training, for some 20 s"):
+    with screen.console.status("training, for some 10 s"):
         train_base(work, base)
 
     screen.heading("2. A server", "lorakit serve base --watch runs")

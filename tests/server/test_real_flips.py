@@ -123,13 +123,13 @@ def streamed_while_it_moves(
 
     async def move_on(client: httpx.AsyncClient) -> None:
         ends = time.monotonic() + seconds
-        while time.monotonic() < ends or len(moves) <= len(revisions):  # on a slow machine a move takes longer
+        while time.monotonic() < ends or len(moves) <= 2 * len(revisions):  # on a slow machine a move takes longer
             revision = list(revisions)[len(moves) % len(revisions)]
             asked = time.monotonic()
             answer = await client.put(f"/v1/adapters/{run}/aliases/now", json={"revision": revision})
             assert answer.status_code == 200, answer.text
             moves.append(Move(revision, asked, time.monotonic()))
-            await asyncio.sleep(max(every / 4, asked + every - time.monotonic()))
+            await asyncio.sleep(max(every / 2, asked + every - time.monotonic()))
 
     with server.client() as client:
         first = list(revisions)[-1]

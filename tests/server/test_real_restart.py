@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +43,42 @@ def assert_everything_answers(world: World, server: Server) -> None:
                 assert ask(client, model, prompt).agrees_with(world.cold_answer(adapter, prompt)), model
 
 
-def test_adapters_survive_the_engine_and_the_supervisor_though_their_sources_are_gone(
-    world: World, tmp_path: Path
-) -> None:
-    watched, home, log = tmp_path / "runs", tmp_path / "home", tmp_path / "serve.log"
+@contextmanager
+def serving_without_sources(world: World, folder: Path) -> Iterator[Server]:
+    """All that `assert_everything_answers` asks for, whose sources are gone."""
+    watched = folder / "runs"
     for step, adapter, loss in ((1, 2, 3.0), (2, 0, 1.0), (3, 1, 2.0)):
         write_checkpoint(watched / "sql", world.adapters[adapter], step, loss)
     shutil.copytree(world.adapters[3], watched / "chat")
-    with serving(world.base, home, log, "--watch", str(watched), *FLAGS) as server:
+    with serving_again(world, folder) as server:
         with server.client() as client:
             client.put("/v1/adapters/sql/aliases/prod", json={"revision": "step-1"}).raise_for_status()
         assert_everything_answers(world, server)
         shutil.rmtree(watched)
         watched.mkdir()
+        yield server
+
+
+def serving_again(world: World, folder: Path) -> AbstractContextManager[Server]:
+    return serving(world.base, folder / "home", folder / "serve.log", "--watch", str(folder / "runs"), *FLAGS)
+
+
+def test_adapters_survive_the_supervisor_though_their_sources_are_gone(world: World, tmp_path: Path) -> None:
+    with serving_without_sources(world, tmp_path):
+        pass
+    with serving_again(world, tmp_path) as server:
+        assert_everything_answers(world, server)
+
+
+@pytest.mark.slow
+def test_adapters_survive_the_engine_though_their_sources_are_gone(world: World, tmp_path: Path) -> None:
+    with serving_without_sources(world, tmp_path) as server:
         kill_engine(server)
         server.wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, limit=240)
         assert_everything_answers(world, server)
         told = first_event(server, "engine")
         assert "killed by SIGKILL" in told["message"]
         assert told["last_words"].strip()
-    with serving(world.base, home, log, "--watch", str(watched), *FLAGS) as server:
-        assert_everything_answers(world, server)
 
 
 def kill_engine(server: Server) -> None:
