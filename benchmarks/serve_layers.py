@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from serving_load.load import Seen, closed_loop
 from serving_load.peers import SLOTS, medians, plain_vllm, processor_seconds, started_by
 
+from tests.server.on_ray.real import serving_on_ray
 from tests.server.real import Server, make_random_adapter, make_tiny_model, serving, started, write_checkpoint
 
 NAMES = ("a", "b", "c", "d")
@@ -55,7 +56,9 @@ def main() -> None:
             "lorakit, --replicas 2": server("replicas", "--replicas", "2"),
         }
         if not arguments.without_ray:
-            servers["lorakit, --ray --replicas 2"] = server("ray", "--ray", "--replicas", "2")
+            (folder / "ray").mkdir()
+            on_ray = serving_on_ray(base, folder / "ray", *flags, "--replicas", "2")
+            servers["lorakit, --ray --replicas 2"] = stack.enter_context(on_ray)
         urls = {ALONE: direct} | {called: one.url for called, one in servers.items()}
         own = {ALONE: [process]} | {called: [one.process.pid] for called, one in servers.items()}
         own["lorakit, in front of it"].append(engine)
