@@ -30,6 +30,11 @@ class Sight:
     files: tuple[tuple[Path, str], ...]
     version: str = __version__
 
+    @property
+    def place(self) -> Path | None:
+        """Of the mark."""
+        return None if self.folder is None else self.folder / self.mark
+
     def ensure_here(self) -> None:
         """On a node: raises where it does not see what the others see.
 

@@ -1,4 +1,4 @@
-"""One work on a cluster: joined, its nodes looked at, its tasks cancelled and what they left removed at the end."""
+"""One work on a cluster: joined, its nodes looked at, its tasks ended and what they left removed at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def spread(
         NotFound: see `Sight.ensure_here`.
     """
     with joined(ray) as module, sight_of(folder, files) as sight:
-        with Tasks(module, threads=threads, most=most, device=device) as tasks:
+        with Tasks(module, threads=threads, most=most, device=device, mark=sight.place) as tasks:
             tasks.ensure_seeing(sight)
             yield tasks, sight
         if folder is not None:

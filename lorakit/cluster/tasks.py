@@ -1,11 +1,19 @@
-"""Pieces of one work as Ray tasks: so many threads each, done again where a worker dies, cancelled with the work."""
+"""Pieces of one work as Ray tasks: so many threads each, done again where a worker dies, ended with the work.
+
+They end by themselves when a file goes that all see: `ray.cancel` of a task that is done at that moment may end the
+process that asks for it (Ray 2.55: "Check failed ... Tried to complete task that was not pending").
+"""
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +22,8 @@ from lorakit.errors import LorakitError, UsageError
 
 RETRIES = 3  # of one task whose worker died
 LOOKED = 120.0  # seconds for a node to begin a worker and look
-CANCELLED = 10.0  # seconds to wait for cancelled tasks to be over
+LOOKS = 0.25  # seconds between two looks of a task whether the work goes on
+ENDED = 15.0  # seconds to wait for tasks to end with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +35,21 @@ class Node:
 
 
 class Tasks:
-    """What is being done on a cluster for one work; leaving it cancels what is not done.
+    """What is being done on a cluster for one work; leaving it ends what is not done.
 
     `threads` is what each task may use: what was asked for, else what the smallest node has, at most `most`. `device`
-    is where tasks compute: "auto" is a GPU where any node has one.
+    is where tasks compute: "auto" is a GPU where any node has one. `mark` is a file that all nodes see, and that is
+    there for as long as the work goes on; without one, what is being done is left to come to its end.
 
     Raises:
         UsageError: no node has so many cores, or none has a GPU.
     """
 
-    def __init__(self, ray: Any, *, threads: int | None, most: int, device: str = "cpu") -> None:
+    def __init__(
+        self, ray: Any, *, threads: int | None, most: int, device: str = "cpu", mark: Path | None = None
+    ) -> None:
         self._ray = ray
+        self._mark = mark
         nodes = _nodes(ray)
         self.device = _device(device, nodes)
         gpus = 0 if self.device == "cpu" else 1
@@ -67,11 +80,13 @@ class Tasks:
     ) -> None:
         waiting = list(self._waiting)
         self._waiting.clear()
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            for one in waiting:
+        if self._mark is None or not waiting:
+            return
+        self._mark.unlink(missing_ok=True)
+        with contextlib.suppress(self._ray.exceptions.RayError):  # so that none still writes where files are removed
+            _, late = self._ray.wait(waiting, num_returns=len(waiting), timeout=ENDED)
+            for one in late:
                 self._ray.cancel(one, force=True)
-            if waiting:  # so that none still writes where its files are being removed
-                self._ray.wait(waiting, num_returns=len(waiting), timeout=CANCELLED)
 
     def ensure_seeing(self, sight: Sight) -> None:
         """Ask every node that may get a task whether it sees the files.
@@ -101,7 +116,8 @@ class Tasks:
 
     def begin(self, name: Any, task: Callable[..., Any], *arguments: Any) -> None:
         """Have a function of a module of lorakit called somewhere; `finished` gives the name with the result."""
-        self._waiting[self._ray.remote(task).options(**self._options).remote(*arguments)] = name
+        remote = self._ray.remote(while_going_on).options(**self._options)
+        self._waiting[remote.remote(self._mark, task, *arguments)] = name
 
     def finished(self, timeout: float | None = None) -> Iterator[tuple[Any, Any]]:
         """Names and results of what is done: of all there is, or of what is in so many seconds.
@@ -131,6 +147,42 @@ class Tasks:
             raise LorakitError(
                 f"{who} died on the Ray cluster, and {RETRIES} times more when it was begun again: {_last_line(error)}"
             ) from error
+
+
+def while_going_on(mark: Path | None, task: Callable[..., Any], *arguments: Any) -> Any:
+    """On a node: call a function. Where `mark` is gone, or goes meanwhile, it is interrupted as by Ctrl+C, and what
+    comes of it is None, for which nobody waits any more."""
+    if mark is None:
+        return task(*arguments)
+    lock, done = threading.Lock(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOKS):
+            if not _is_there(mark):
+                with lock:
+                    if not done.is_set():
+                        _thread.interrupt_main()
+                return
+
+    if not _is_there(mark):
+        return None
+    try:
+        threading.Thread(target=look, daemon=True).start()
+        try:
+            return task(*arguments)
+        finally:
+            with lock:
+                done.set()
+    except KeyboardInterrupt:
+        return None
+
+
+def _is_there(mark: Path) -> bool:
+    try:
+        os.close(os.open(mark, os.O_RDONLY))  # which NFS asks its server about; what it says of one may be a minute old
+    except OSError:
+        return False
+    return True
 
 
 def _look(sight: Sight) -> None:

@@ -257,7 +257,8 @@ def stopped(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("resume", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("resume", [False, True])
 def test_an_interrupted_merge_cancels_its_tasks(
     address: str, large: Path, undisturbed: dict[str, str], tmp_path: Path, resume: bool
 ) -> None:

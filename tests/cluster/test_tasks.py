@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lorakit.cluster.tasks import Tasks
+from lorakit.cluster.tasks import Tasks, while_going_on
 from lorakit.errors import UsageError
 
 
@@ -55,13 +58,38 @@ def test_a_cluster_that_has_no_node_yet_is_waited_for() -> None:
     assert (tasks.threads, tasks.slots, tasks.nodes) == (1, 1, [])
 
 
-def test_what_is_not_done_is_cancelled_and_waited_for() -> None:
+def test_what_is_not_done_is_told_to_end_and_waited_for(tmp_path: Path) -> None:
     told: list[Any] = []
-    ray = cluster(
-        {"CPU": 2},
-        cancel=lambda one, force: told.append(("cancel", one, force)),
-        wait=lambda some, **_: told.append(("wait", list(some))) or (some, []),
-    )
-    with Tasks(ray, threads=1, most=1) as tasks:
+    mark = tmp_path / "mark"
+    mark.touch()
+
+    def wait(some: list[str], **_: Any) -> tuple[list[str], list[str]]:
+        told.append(("wait", some, mark.exists()))
+        return some[:1], some[1:]
+
+    ray = cluster({"CPU": 2}, cancel=lambda one, force: told.append(("cancel", one, force)), wait=wait)
+    with Tasks(ray, threads=1, most=1, mark=mark) as tasks:
         tasks._waiting = {"a": 1, "b": 2}
-    assert told == [("cancel", "a", True), ("cancel", "b", True), ("wait", ["a", "b"])]
+    assert told == [("wait", ["a", "b"], False), ("cancel", "b", True)]
+
+
+def test_without_a_mark_what_is_being_done_is_left_alone() -> None:
+    with Tasks(cluster({"CPU": 2}), threads=1, most=1) as tasks:
+        tasks._waiting = {"a": 1}
+
+
+def test_a_task_ends_when_its_mark_goes_and_does_not_begin_without(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    assert while_going_on(mark, pow, 2, 3) == 8
+    begun = time.monotonic()
+    threading.Timer(0.2, mark.unlink).start()
+    assert while_going_on(mark, _for_ever) is None
+    assert time.monotonic() - begun < 10
+    assert while_going_on(mark, pow, 2, 3) is None
+    assert while_going_on(None, pow, 2, 3) == 8
+
+
+def _for_ever() -> None:
+    while True:
+        time.sleep(0.01)

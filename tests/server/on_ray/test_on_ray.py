@@ -63,6 +63,7 @@ def test_a_name_means_the_same_in_both_replicas_as_soon_as_it_has_moved(there: S
         assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_is_replaced_and_has_what_names_mean_without_a_hand(there: Stood) -> None:
     server = there.server
     before, ours = replicas_known(server), engines(server)
