@@ -6,8 +6,9 @@ STAMP := $(VENV)/.lorakit-installed
 TRAINERS := $(VENV)/.trainers-installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --no-deps
-# Two processes share the suite, a group of tests to each at a time: tests/conftest.py says which.
-TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+# Three processes share the suite, a group of tests to each at a time: tests/conftest.py says which. One more than the
+# two cores that it is made for, as many tests wait.
+SHARED := -n 3 --dist loadgroup --no-loadscope-reorder
 # The CPU stack needs no network once it is installed, and no test may use one.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 VLLM_NO_USAGE_STATS=1
 
@@ -95,17 +96,17 @@ $(VENV)/docs/.installed: requirements/docs.txt | $(STAMP)
 	@touch $@
 
 test: setup setup-trainers setup-browser setup-programs
-	@$(OFFLINE) $(PY) -m pytest $(TWO) -m 'not slow'
+	@$(OFFLINE) $(PY) -m pytest $(SHARED) -m 'not slow'
 
 test-all: setup setup-trainers setup-browser setup-programs
-	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest $(TWO)
+	@$(OFFLINE) HYPOTHESIS_PROFILE=search $(PY) -m pytest $(SHARED)
 
 # One vLLM, laid over the stack: only what it wants otherwise than the stack's own is beside it.
 VLLM ?= 0.32.0
 OVER := $(CURDIR)/$(VENV)/vllm-$(VLLM)
 
 test-vllm: setup $(VENV)/vllm-$(VLLM)/.installed
-	@$(OFFLINE) PYTHONPATH=$(OVER) $(PY) -m pytest $(TWO) -m 'not slow' tests/server/test_real_*.py tests/server/test_probe.py
+	@$(OFFLINE) PYTHONPATH=$(OVER) $(PY) -m pytest $(SHARED) -m 'not slow' tests/server/test_real_*.py tests/server/test_probe.py
 
 $(VENV)/vllm-%/.installed: requirements/vllm-%.txt | $(STAMP)
 	@rm -rf $(@D)

@@ -47,8 +47,8 @@ def plain_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, which it does for pytest before 9.2
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For the suite's two processes: a file is in one of them, and so are all tests that share one real vLLM. The
-    longest groups are begun first, so that neither process is left with one at the end."""
+    """For the suite's processes: a file is in one of them, and so are all tests that share one real vLLM. The
+    longest groups are begun first, so that no process is left with one at the end."""
     groups = {item: _group(item) for item in items}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
