@@ -87,6 +87,8 @@ class Tasks:
             _, late = self._ray.wait(waiting, num_returns=len(waiting), timeout=ENDED)
             for one in late:
                 self._ray.cancel(one, force=True)
+            if late:
+                self._ray.wait(late, num_returns=len(late), timeout=ENDED)
 
     def ensure_seeing(self, sight: Sight) -> None:
         """Ask every node that may get a task whether it sees the files.
@@ -180,8 +182,10 @@ def while_going_on(mark: Path | None, task: Callable[..., Any], *arguments: Any)
 def _is_there(mark: Path) -> bool:
     try:
         os.close(os.open(mark, os.O_RDONLY))  # which NFS asks its server about; what it says of one may be a minute old
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:  # it can't be told now, and the work may go on
+        pass
     return True
 
 

@@ -252,6 +252,26 @@ def test_a_task_that_kills_every_worker_is_given_up(address: str) -> None:
             list(tasks.finished())
 
 
+def test_a_task_that_would_go_on_for_ever_is_interrupted_when_its_work_ends(address: str, tmp_path: Path) -> None:
+    mark, running = tmp_path / "mark", tmp_path / "running"
+    mark.touch()
+
+    def go_on() -> None:
+        running.write_text(str(os.getpid()))
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            running.unlink()
+
+    with joined(True) as ray, Tasks(ray, threads=1, most=1, mark=mark) as tasks:
+        tasks.begin("model-00001", go_on)
+        eventually(running.exists, "it does not begin")
+        left = time.monotonic()
+    assert not running.exists()  # what it does last is done, as it is not where a process is killed
+    assert time.monotonic() - left < 10
+
+
 def stopped(done: int, total: int) -> None:
     if done >= total / 3:
         raise KeyboardInterrupt

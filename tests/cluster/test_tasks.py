@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -70,7 +72,7 @@ def test_what_is_not_done_is_told_to_end_and_waited_for(tmp_path: Path) -> None:
     ray = cluster({"CPU": 2}, cancel=lambda one, force: told.append(("cancel", one, force)), wait=wait)
     with Tasks(ray, threads=1, most=1, mark=mark) as tasks:
         tasks._waiting = {"a": 1, "b": 2}
-    assert told == [("wait", ["a", "b"], False), ("cancel", "b", True)]
+    assert told == [("wait", ["a", "b"], False), ("cancel", "b", True), ("wait", ["b"], False)]
 
 
 def test_without_a_mark_what_is_being_done_is_left_alone() -> None:
@@ -88,6 +90,14 @@ def test_a_task_ends_when_its_mark_goes_and_does_not_begin_without(tmp_path: Pat
     assert time.monotonic() - begun < 10
     assert while_going_on(mark, pow, 2, 3) is None
     assert while_going_on(None, pow, 2, 3) == 8
+
+
+def test_a_mark_that_can_not_be_looked_at_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "open", fails)
+    assert while_going_on(tmp_path / "mark", pow, 2, 3) == 8
 
 
 def _for_ever() -> None:
